@@ -1,0 +1,1 @@
+"""FedGaLore in JAX."""

@@ -1,0 +1,59 @@
+"""Products with adapted kernels, and LoRA's initial factors.
+
+The base product stays un-batched when `vmap` maps over clients' factors only (DESIGN F3), so an adapter
+is never merged into its kernel inside a client; `merge` is for the server and for export.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedgalore_jax.types import Adapted, Array, LowRank
+
+
+def matmul(x: Array, kernel: Array | Adapted) -> Array:
+    """`x @ kernel` where the kernel may be adapted.
+
+    Args:
+      x: `[..., m]`.
+      kernel: `[m, n]`, or an `Adapted` of that shape without stack axes. Cast to `x.dtype`.
+
+    Returns:
+      `[..., n]` in `x.dtype`.
+    """
+    if not isinstance(kernel, Adapted):
+        return x @ kernel.astype(x.dtype)
+    y = x @ kernel.base.astype(x.dtype)
+    if kernel.shrink is not None:
+        y = y * kernel.shrink.astype(x.dtype)
+    return y + (x @ kernel.a.astype(x.dtype)) @ kernel.b.astype(x.dtype)
+
+
+def merge(kernel: Array | Adapted | LowRank) -> Array:
+    """The dense matrix `[..., m, n]` that a kernel in any of its forms stands for."""
+    if isinstance(kernel, LowRank):
+        return kernel.a @ kernel.b
+    if not isinstance(kernel, Adapted):
+        return kernel
+    base = kernel.base if kernel.shrink is None else kernel.shrink[..., None, None] * kernel.base
+    return base + kernel.a @ kernel.b
+
+
+def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float32) -> LowRank:
+    """LoRA's initial factors: `a` uniform as `peft` draws it (Kaiming, a=sqrt(5)), `b` zero.
+
+    Args:
+      key: a PRNG key.
+      shape: the kernel's shape `[..., m, n]`.
+      rank: r.
+      dtype: of both factors.
+
+    Returns:
+      `LowRank(a [..., m, r], b [..., r, n])` whose product is zero.
+
+    References:
+      Hu et al., LoRA (2106.09685); the uniform bound 1/sqrt(m) is peft's default [V2].
+    """
+    *stack, m, n = shape
+    bound = m**-0.5
+    a = jax.random.uniform(key, (*stack, m, rank), dtype, -bound, bound)
+    return LowRank(a, jnp.zeros((*stack, rank, n), dtype))

@@ -1,0 +1,102 @@
+"""Small things done to pytrees: paths, ordered regex rules, bytes, weighted sums."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fedgalore_jax.types import Array, Flat, LowRank, Params, Tree
+
+
+def flatten(params: Params) -> Flat:
+    """Nested dicts to `{"a/b/c": leaf}`, in sorted order of the paths.
+
+    >>> flatten({"head": {"bias": 1, "kernel": 2}, "scale": 3})
+    {'head/bias': 1, 'head/kernel': 2, 'scale': 3}
+    """
+
+    def walk(node, path):
+        if not isinstance(node, dict):
+            yield path, node
+            return
+        for name in node:
+            yield from walk(node[name], f"{path}/{name}" if path else name)
+
+    return dict(sorted(walk(params, "")))
+
+
+def unflatten(flat: Flat) -> Params:
+    """The inverse of `flatten`.
+
+    >>> unflatten({'head/bias': 1, 'head/kernel': 2, 'scale': 3})
+    {'head': {'bias': 1, 'kernel': 2}, 'scale': 3}
+    """
+    nested: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return nested
+
+
+def resolve(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Gives each path the value of the first rule whose regex matches it from its start.
+
+    Args:
+      paths: what to decide about.
+      rules: ordered `(regex, value)` pairs, as in big_vision: the first match decides.
+
+    Raises:
+      ValueError: a path that no rule matches, or a rule that matches no path (a typo, almost always).
+
+    >>> resolve(["head/kernel", "layers/kernel"], [("head", "train"), (".*", "freeze")])
+    {'head/kernel': 'train', 'layers/kernel': 'freeze'}
+    """
+    decided: dict[str, str] = {}
+    paths = list(paths)
+    for path in paths:
+        for pattern, value in rules:
+            if re.match(pattern, path):
+                decided[path] = value
+                break
+    if missed := [path for path in paths if path not in decided]:
+        raise ValueError(f"no rule matches {', '.join(missed)}: end the rules with ('.*', ...)")
+    for pattern, _ in rules:
+        if not any(re.match(pattern, path) for path in paths):
+            raise ValueError(f"pattern {pattern!r} matches no parameter of {', '.join(paths)}")
+    return decided
+
+
+def nbytes(tree: Tree) -> int:
+    """Bytes of all leaves; arrays and `ShapeDtypeStruct`s alike, typed PRNG keys by their data."""
+
+    def one(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return leaf.size * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def weighted_sum(rows: Tree, weights: Array) -> Tree:
+    """Sums rows of clients with weights, in float32 or better; factored matrices become dense.
+
+    Args:
+      rows: a pytree with a leading client axis `[C, ...]`. A `LowRank` leaf, `a [C, ..., m, r]` and
+        `b [C, ..., r, n]`, is contracted over clients and rank at once, so that C dense copies never exist.
+      weights: `[C]`.
+
+    Returns:
+      The pytree without the client axis; a `LowRank` has become a dense `[..., m, n]`.
+    """
+
+    def one(leaf):
+        if isinstance(leaf, LowRank):
+            return jnp.einsum("c,c...mr,c...rn->...mn", weights, leaf.a, leaf.b)
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.tensordot(weights.astype(wide.dtype), wide, 1)
+
+    return jax.tree.map(one, rows, is_leaf=lambda leaf: isinstance(leaf, LowRank))

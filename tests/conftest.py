@@ -1,0 +1,14 @@
+"""Shared by all tests. Everything runs on the CPU and in float32 unless a test asks for x64."""
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Turns on 64-bit arithmetic for one test."""
+    with jax.enable_x64(True):
+        yield
