@@ -7,7 +7,7 @@ is never merged into its kernel inside a client; `merge` is for the server and f
 import jax
 import jax.numpy as jnp
 
-from fedgalore_jax.types import Adapted, Array, LowRank
+from fedgalore_jax.types import Adapted, Array, LoRA, LowRank
 
 
 def matmul(x: Array, kernel: Array | Adapted) -> Array:
@@ -38,7 +38,7 @@ def merge(kernel: Array | Adapted | LowRank) -> Array:
     return base + kernel.a @ kernel.b
 
 
-def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float32) -> LowRank:
+def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float32) -> LoRA:
     """LoRA's initial factors: `a` uniform as `peft` draws it (Kaiming, a=sqrt(5)), `b` zero.
 
     Args:
@@ -48,7 +48,7 @@ def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float3
       dtype: of both factors.
 
     Returns:
-      `LowRank(a [..., m, r], b [..., r, n])` whose product is zero.
+      `LoRA(a [..., m, r], b [..., r, n])` whose product is zero.
 
     References:
       Hu et al., LoRA (2106.09685); the uniform bound 1/sqrt(m) is peft's default [V2].
@@ -56,4 +56,4 @@ def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float3
     *stack, m, n = shape
     bound = m**-0.5
     a = jax.random.uniform(key, (*stack, m, rank), dtype, -bound, bound)
-    return LowRank(a, jnp.zeros((*stack, rank, n), dtype))
+    return LoRA(a, jnp.zeros((*stack, rank, n), dtype))

@@ -26,8 +26,20 @@ Batch = dict[str, Array]
 """Model inputs by their Hugging Face names, plus `labels [B]` and `weight [B]` (0 for padding)."""
 
 
+class LoRA(NamedTuple):
+    """LoRA's two trained factors: two arrays, each with a gradient, a moment and a mean of its own.
+
+    Attributes:
+      a: `[..., m, r]`.
+      b: `[..., r, n]`.
+    """
+
+    a: Array
+    b: Array
+
+
 class LowRank(NamedTuple):
-    """A matrix kept as its two factors: `a @ b`.
+    """One matrix kept as its two factors: `a @ b`; its mean over clients is the mean of products.
 
     Attributes:
       a: `[..., m, r]`.

@@ -1,0 +1,48 @@
+"""Federated algorithms by name: `build("fedgalore", lr=1e-3, sync="ajive")`."""
+
+import inspect
+from dataclasses import fields
+
+from fedgalore_jax.strategies.base import Common, Strategy
+from fedgalore_jax.strategies.fedavg import fedavg
+from fedgalore_jax.strategies.fedgalore import fedgalore
+from fedgalore_jax.strategies.fedit import fedit
+
+_STRATEGIES = {"fedavg": fedavg, "fedgalore": fedgalore, "fedit": fedit}
+_COMMON = tuple(field.name for field in fields(Common))
+
+
+def names() -> tuple[str, ...]:
+    """All strategies' names, sorted."""
+    return tuple(sorted(_STRATEGIES))
+
+
+def options(name: str) -> dict[str, object]:
+    """A strategy's own options with their defaults (those of `Common` are shared by all)."""
+    _check_name(name)
+    parameters = inspect.signature(_STRATEGIES[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build(name: str, **given) -> Strategy:
+    """Builds a strategy.
+
+    Args:
+      name: one of `names()`.
+      **given: fields of `Common` (`lr` has no default) and the strategy's own `options(name)`.
+
+    Raises:
+      ValueError: an unknown name or option, or a value that cannot be used; the message lists the
+        accepted ones.
+    """
+    own = options(name)
+    if unknown := [key for key in given if key not in own and key not in _COMMON]:
+        accepted = ", ".join((*own, *_COMMON))
+        raise ValueError(f"{name} has no option {unknown[0]!r}: its options are {accepted}")
+    common = Common(**{key: value for key, value in given.items() if key in _COMMON})
+    return _STRATEGIES[name](common, **{k: v for k, v in given.items() if k in own})
+
+
+def _check_name(name: str) -> None:
+    if name not in _STRATEGIES:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(names())}")

@@ -1,0 +1,74 @@
+"""From the command line to runs, their folders and one comparison."""
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+USAGE = "python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]; --list, --help"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs what the flags say. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130."""
+    try:
+        _main(sys.argv if argv is None else argv)
+    except KeyboardInterrupt:
+        _stop("interrupted: the rounds that were read are in metrics.jsonl", 130)
+    except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
+        _stop(" ".join(str(error).split()), 2)
+
+
+def _stop(line: str, status: int) -> None:
+    sys.stdout.flush()
+    print(f"run.py: {line}", file=sys.stderr, flush=True)
+    # A compiled call may still be running in a thread of the runtime; there is nothing to wait for.
+    os._exit(status)
+
+
+def _main(argv: list[str]) -> None:
+    from experiments import flags as our_flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
+    our_flags.define(values)
+    rest = values(argv)
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
+    if values.help:
+        print(f"{USAGE}\n\n{values.main_module_help() or values.get_help()}")
+        return
+    if values.list:
+        print(listing())
+        return
+    if values.out_dir is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
+    runs = our_flags.configs(values)
+
+    from experiments import report
+    from fedgalore_jax import train
+
+    train.check(runs)
+    results = []
+    for config in runs:
+        results.append(train.run(config))
+        report.curves(pathlib.Path(config.out_dir), [results[-1]])
+        print(report.result_line(results[-1], config.out_dir))
+    if len(results) > 1:
+        report.compare(pathlib.Path(values.out_dir), results)
+
+
+def listing() -> str:
+    """Tasks, methods and options."""
+    from fedgalore_jax import strategies, tasks
+    from fedgalore_jax.strategies.base import Common
+
+    lines = [f"tasks: {', '.join(tasks.names())}", "methods and their own options (--opt name=value):"]
+    for name in strategies.names():
+        own = ", ".join(f"{k}={v}" for k, v in strategies.options(name).items())
+        lines.append(f"  {name}: {own or '-'}")
+    shared = ", ".join(field.name for field in dataclasses.fields(Common))
+    return "\n".join([*lines, f"options of every method: {shared}"])

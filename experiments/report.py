@@ -1,0 +1,64 @@
+"""What a person looks at after a run: a line, a table, curves."""
+
+import pathlib
+
+from fedgalore_jax.progress import human
+from fedgalore_jax.train import Result, write_json
+
+COLUMNS = ("method", "accuracy", "up/client", "down/client", "optimizer", "s/round")
+
+
+def result_line(result: Result, out_dir: str) -> str:
+    """A finished run in one line."""
+    summary = result.summary
+    return (
+        f"{summary['method']}: test accuracy {summary['final']['accuracy']:.4f} after"
+        f" {summary['rounds']} rounds (validation {summary['validation']['final']:.4f}); in {out_dir}"
+    )
+
+
+def compare(out: pathlib.Path, results: list[Result]) -> None:
+    """Prints the comparison, best first, and writes `summary.json` and `curves.png` into `out`."""
+    results = sorted(results, key=lambda r: -r.summary["final"]["accuracy"])
+    rows = [COLUMNS]
+    for summary in (result.summary for result in results):
+        wire = summary["bytes_per_client_and_round"]
+        sizes = (wire["up"], wire["down"], summary["optimizer_bytes"])
+        rows.append(
+            (
+                summary["method"],
+                f"{summary['final']['accuracy']:.4f}",
+                *map(human, sizes),
+                f"{summary['seconds_per_round']:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print("\nTest accuracy; bytes of one client, up and down per round:")
+    for row in rows:
+        cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        print("  ".join([row[0].ljust(widths[0]), *cells]))
+    write_json(out / "summary.json", {r.summary["method"]: r.summary for r in results})
+    curves(out, results)
+
+
+def curves(out: pathlib.Path, results: list[Result]) -> None:
+    """Draws validation accuracy and training loss over rounds into `out/curves.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for result in results:
+        for axis, name in zip(axes, ("accuracy", "train_loss"), strict=True):
+            points = [(h["round"], h[name]) for h in result.history if name in h]
+            axis.plot(*zip(*points, strict=True), label=result.summary["method"], linewidth=1.6)
+    for axis, title in zip(axes, ("validation accuracy", "training loss"), strict=True):
+        axis.set(xlabel="round", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(loc="lower right")
+    partial = out / "curves.partial.png"
+    figure.savefig(partial, dpi=120)
+    partial.replace(out / "curves.png")
+    pyplot.close(figure)

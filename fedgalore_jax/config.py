@@ -1,0 +1,96 @@
+"""The description of a run. Plain data: `json.dumps(dataclasses.asdict(config))` is `config.json`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run; every field is a flag of `run.py` of the same name.
+
+    Attributes:
+      task: what is learned, see `tasks.names()`.
+      model: a model directory in Hugging Face's layout, or a model the package ships; the task's if None.
+      method: a strategy, see `strategies.names()`.
+      opt: the strategy's own options, `{"sync": "mean"}`.
+      client_weights: "factored" or "dense", for the strategies that have both.
+      rounds: communication rounds.
+      clients: N, clients in all.
+      cohort: C, clients of a round; all of them if None.
+      local_steps: K, optimizer steps of a client in a round.
+      batch_size: B.
+      lr: the clients' learning rate; the one tuned for this task and method if None.
+      head_lr: learning rate of plainly trained leaves (the head); `lr` if None.
+      schedule: of the learning rate over all rounds * local_steps steps: "constant", or "linear" or
+        "cosine" decay to 0.
+      rank: r of adapters and gradient subspaces.
+      weight_decay: decoupled, on kernels.
+      clip: norm above which a client's gradient is scaled down; 0 switches it off.
+      dropout: probability, in place of the model's own; the model's if None.
+      adapt: path regexes of the kernels that a method adapts, comma-separated.
+      train: path regexes of the leaves that every method trains plainly, comma-separated; others are frozen.
+      partition: how samples are dealt to clients, see `data.PARTITIONS`.
+      alpha: concentration of the Dirichlet partition; small is skewed.
+      chunk: clients trained at a time (memory against speed); the whole cohort if None.
+      eval_every: rounds between evaluations on the validation split.
+      seed: of every random choice.
+      out_dir: where the run is written; nothing is written if None.
+    """
+
+    task: str = "digits"
+    model: str | None = None
+    method: str = "fedgalore"
+    opt: dict[str, Any] = field(default_factory=dict)
+    client_weights: str | None = None
+    rounds: int = 40
+    clients: int = 10
+    cohort: int | None = None
+    local_steps: int = 20
+    batch_size: int = 16
+    lr: float | None = None
+    head_lr: float | None = None
+    schedule: str = "constant"
+    rank: int = 4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dropout: float | None = None
+    adapt: str = "layers/.*kernel"
+    train: str = "classifier/"
+    partition: str = "dirichlet"
+    alpha: float = 0.1
+    chunk: int | None = None
+    eval_every: int = 1
+    seed: int = 0
+    out_dir: str | None = None
+
+    def __post_init__(self):
+        """Refuses what cannot run, before anything is loaded or compiled."""
+        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every"):
+            self._require(name, getattr(self, name) >= 1, "an integer >= 1")
+        for name in ("cohort", "chunk"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "an integer >= 1, or leave it out")
+        for name in ("lr", "head_lr"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < math.inf, "a positive, finite number")
+        for name in ("weight_decay", "clip"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+        self._require("alpha", 0 < self.alpha < math.inf, "a positive, finite number")
+        self._require("dropout", self.dropout is None or 0 <= self.dropout < 1, "a number in [0, 1)")
+        self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._require("seed", self.seed >= 0, "an integer >= 0")
+        fits = self.cohort is None or self.cohort <= self.clients
+        self._require("cohort", fits, f"at most --clients, {self.clients}")
+
+    def _require(self, name: str, ok: bool, remedy: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not usable: give {remedy}")
+
+    def roles(self) -> tuple[tuple[str, str], ...]:
+        """`adapt` and `train` as the ordered rules that strategies take."""
+        patterns = [(p, "train") for p in self.train.split(",") if p]
+        patterns += [(p, "adapt") for p in self.adapt.split(",") if p]
+        return (*patterns, (".*", "freeze"))

@@ -1,0 +1,191 @@
+"""Rounds: broadcast, vmapped local training in chunks, reduction, aggregation; and evaluation.
+
+The engine knows no strategy by name. Rounds up to the next evaluation are one compiled call with a traced
+trip count: the same program runs one round or fifty.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedgalore_jax import tree
+from fedgalore_jax.client import Loss, local_train
+from fedgalore_jax.data import Plan, Split
+from fedgalore_jax.strategies.base import Cohort, Strategy, Upload
+from fedgalore_jax.types import Array, Batch, Params, Tree
+
+
+class RunState(NamedTuple):
+    """All that a run carries from round to round.
+
+    Attributes:
+      server: the strategy's state.
+      clients: memories of all clients, rows `[N, ...]`.
+      key: the run's PRNG key; round t uses `fold_in(key, t)`.
+    """
+
+    server: Tree
+    clients: Tree
+    key: Array
+
+
+class Wire(NamedTuple):
+    """Bytes of one client, measured from the pytrees themselves.
+
+    Attributes:
+      down, up: what travels each round.
+      optimizer: state of the local optimizer.
+      memory: what the client keeps between rounds.
+    """
+
+    down: int
+    up: int
+    optimizer: int
+    memory: int
+
+
+def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> RunState:
+    """The state before round 0."""
+    server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    server = strategy.init(params, server_key, num_clients)
+    ids = jnp.arange(num_clients, dtype=jnp.int32)
+    clients = jax.vmap(partial(strategy.client_init, params))(ids)
+    return RunState(server, clients, run_key)
+
+
+class Engine(NamedTuple):
+    """A strategy bound to a model, a training set and the shape of a round.
+
+    Attributes:
+      strategy: the algorithm.
+      loss: of the model, `(params, batch, key) -> scalar`.
+      apply: of the model, `(params, inputs) -> logits`.
+      train: the training set, on the device.
+      num_clients: N.
+      steps: K.
+      chunk: clients trained at a time; C of every plan is a multiple of it.
+    """
+
+    strategy: Strategy
+    loss: Loss
+    apply: Callable[[Params, Batch], Array]
+    train: Batch
+    num_clients: int
+    steps: int
+    chunk: int
+
+    def compile(self) -> tuple[Callable, Callable]:
+        """The two programs of a run.
+
+        Returns:
+          `rounds(state, train, plan, count) -> (state, metrics)`, which runs the first `count` rounds of
+          the plan; metrics are rows `[R, ...]`, meaningful up to `count`. And
+          `logits(server, inputs) -> [n, ...]` of the exported model, for inputs `[batches, B, ...]`.
+        """
+
+        def rounds(state: RunState, train: Batch, plan: Plan, count: Array):
+            def row(r):
+                return Plan(*(field[r] for field in plan))
+
+            def body(r, carry):
+                state, metrics = carry
+                state, new = self.round(state, train, row(r))
+                return state, jax.tree.map(lambda rows, x: rows.at[r].set(x), metrics, new)
+
+            shapes = jax.eval_shape(lambda: self.round(state, train, row(0))[1])
+            size = plan.ids.shape[0]
+            empty = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+            return jax.lax.fori_loop(0, count, body, (state, empty))
+
+        def logits(server, inputs):
+            params = self.strategy.export(server)
+            return jax.lax.map(partial(self.apply, params), inputs)
+
+        return jax.jit(rounds), jax.jit(logits)
+
+    def round(self, state: RunState, train: Batch, plan: Plan) -> tuple[RunState, dict[str, Array]]:
+        """One round; `plan` has no round axis."""
+        strategy = self.strategy
+        download = strategy.broadcast(state.server)
+        key = jax.random.fold_in(state.key, download.round)
+        mask = (plan.counts > 0).astype(jnp.float32)
+        weights = plan.counts / jnp.maximum(plan.counts.sum(), 1)
+        memory = jax.tree.map(lambda x: x.take(plan.ids, 0, mode="clip"), state.clients)
+
+        def client(memory, client_id, samples, weight):
+            def batch(j):
+                return {name: x[samples[j]] for name, x in train.items()} | {"weight": weight}
+
+            client_key = jax.random.fold_in(key, client_id)
+            args = (strategy, self.loss, self.steps, download, memory)
+            upload, memory, losses = local_train(*args, batch, client_id, client_key)
+            return upload, memory, losses.mean()
+
+        def train_chunk(chunk):
+            ids, samples, weight, p, taking_part, memory = chunk
+            upload, memory, losses = jax.vmap(client)(memory, ids, samples, weight)
+            reduced = (
+                tree.weighted_sum(upload.mean, p),
+                tree.weighted_sum(upload.sum, taking_part),
+                tree.weighted_sum(losses, p),
+            )
+            return reduced, (upload.stack, memory)
+
+        def add_chunk(total, chunk):
+            reduced, rows = train_chunk(chunk)
+            return jax.tree.map(jnp.add, total, reduced), rows
+
+        everyone = (plan.ids, plan.samples, plan.weight, weights, mask, memory)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]), everyone)
+        first = jax.tree.map(lambda x: x[0], chunks)
+        shapes = jax.eval_shape(lambda c: train_chunk(c)[0], first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (mean, total, loss), rows = jax.lax.scan(add_chunk, zeros, chunks)
+        stack, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+        cohort = Cohort(weights, mask, self.num_clients, self.steps)
+        server, metrics = strategy.aggregate(state.server, Upload(mean, total, stack), cohort)
+        clients = jax.tree.map(
+            lambda rows, new: rows.at[plan.ids].set(new, mode="drop"), state.clients, memory
+        )
+        return RunState(server, clients, state.key), {"train_loss": loss, **metrics}
+
+    def wire(self, state: RunState, plan: Plan) -> Wire:
+        """Measures what one client sends, receives and holds, without computing anything."""
+        strategy = self.strategy
+
+        def one(state, train, plan):
+            download = strategy.broadcast(state.server)
+            memory = jax.tree.map(lambda x: x[0], state.clients)
+
+            def batch(j):
+                rows = plan.samples[0, 0, j]
+                return {name: x[rows] for name, x in train.items()} | {"weight": plan.weight[0, 0]}
+
+            args = (strategy, self.loss, self.steps, download, memory, batch, plan.ids[0, 0])
+            upload, memory, _ = local_train(*args, state.key)
+            opt = strategy.tx.init(download.trainable)
+            return strategy.wire_down(download), strategy.wire_up(upload), opt, memory
+
+        return Wire(*map(tree.nbytes, jax.eval_shape(one, state, self.train, plan)))
+
+
+def in_batches(inputs: Batch, batch_size: int) -> Batch:
+    """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with the first samples."""
+
+    def cut(x):
+        batches = -(-len(x) // batch_size)
+        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(
+            batches, batch_size, *x.shape[1:]
+        )
+
+    return {name: cut(x) for name, x in inputs.items()}
+
+
+def on_device(split: Split) -> Batch:
+    """A split as the engine takes it: inputs and labels in one dict of device arrays."""
+    return {name: jnp.asarray(x) for name, x in (split.inputs | {"labels": split.labels}).items()}

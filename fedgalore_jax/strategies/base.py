@@ -1,0 +1,234 @@
+"""The protocol of a federated algorithm: a NamedTuple of pure functions.
+
+The engine owns every loop, `vmap`, loss and key; a strategy says what travels and what is done with it.
+Nothing here knows a model, a data set or a device.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedgalore_jax import tree
+from fedgalore_jax.optimizer import Schedule, adamw_tail, scale_by_warm_adam
+from fedgalore_jax.types import Array, Flat, Params, Tree
+
+ROLES = ("adapt", "train", "freeze")
+"""What a method does with a parameter: `adapt` kernels are trained in whatever form the method has for
+them (in full, by LoRA, in a gradient subspace), `train` leaves are trained and averaged plainly by every
+method, `freeze` leaves never move."""
+
+DEFAULT_ROLES = (
+    ("layers/.*kernel", "adapt"),
+    ("(classifier|score|head)/", "train"),
+    (".*", "freeze"),
+)
+"""Attention and MLP kernels are adapted, the head is trained, the rest (embeddings, norms, biases) stays."""
+
+
+class Download(NamedTuple):
+    """What every client of the round knows; never batched over clients.
+
+    Attributes:
+      trainable: `{path: leaf}`, where local training starts.
+      frozen: `{path: leaf}`, the parameters that clients share and do not change.
+      extra: whatever else the method sends (bases, synchronised moments).
+      round: int32 scalar.
+    """
+
+    trainable: Flat
+    frozen: Flat
+    extra: Any
+    round: Array
+
+
+class Local(NamedTuple):
+    """A client in the middle of its local steps.
+
+    Attributes:
+      trainable: like `Download.trainable`.
+      opt: state of the strategy's `tx`.
+      extra: what the steps need besides (an own basis); constant during the round.
+    """
+
+    trainable: Flat
+    opt: Tree
+    extra: Any
+
+
+class Upload(NamedTuple):
+    """What a client sends, in three lanes that the engine reduces differently.
+
+    Attributes:
+      mean: reduced to its p_i-weighted mean as chunks of clients finish: there are never C copies, and the
+        lane works under secure aggregation.
+      sum: summed without weights over participants.
+      stack: kept as one row `[C, ...]` per client, for what must be seen jointly. A strategy that needs it
+        does not work under secure aggregation.
+    """
+
+    mean: Tree = ()
+    sum: Tree = ()
+    stack: Tree = ()
+
+
+class Cohort(NamedTuple):
+    """Who took part in a round.
+
+    Attributes:
+      weights: `[C]`, p_i proportional to sample counts; they sum to 1 over participants, 0 elsewhere.
+      mask: `[C]`, 1.0 for a client that took part.
+      num_clients: N, a Python int.
+      steps: K, a Python int.
+    """
+
+    weights: Array
+    mask: Array
+    num_clients: int
+    steps: int
+
+
+class Ops(NamedTuple):
+    """A client's hand tools; most strategies ignore them.
+
+    Attributes:
+      id: int32 scalar, which client this is.
+      key: PRNG key of this client in this round.
+      grad: `grad(assemble, tree, j)` is the gradient, with respect to `tree`, of the loss of the model
+        `assemble(tree)` on the client's j-th batch.
+    """
+
+    id: Array
+    key: Array
+    grad: Callable[[Callable[[Tree], Params], Tree, int], Tree]
+
+
+class Strategy(NamedTuple):
+    """A federated algorithm.
+
+    Attributes:
+      init: `(params, key, num_clients) -> state`, once. The state has a field `round`.
+      broadcast: `(state) -> Download`, once a round.
+      assemble: `(download, trainable, extra) -> params`, what the model sees: a kernel is an array or an
+        `Adapted`. `extra` is `Local.extra`.
+      start: `(download, client_state, ops) -> Local`, on each client (vmapped).
+      finish: `(download, local, client_state, ops) -> (Upload, client_state)`, on each client (vmapped).
+      aggregate: `(state, upload, cohort) -> (state, metrics)`; `upload.stack` has a leading client axis.
+      export: `(state) -> params`, the dense global model.
+      tx: the local step, called as `tx.update(g, opt, trainable, extra=local.extra, step=global_step)`.
+      client_init: `(params, id) -> client_state`, the memory of one client; `()` costs nothing.
+      wire_down: `(download) -> tree` that really travels down (a seed, not the basis made from it).
+      wire_up: `(upload) -> tree` that really travels up; called with one client's upload.
+    """
+
+    init: Callable[[Params, Array, int], Any]
+    broadcast: Callable[[Any], Download]
+    assemble: Callable[[Download, Flat, Any], Params]
+    start: Callable[[Download, Any, Ops], Local]
+    finish: Callable[[Download, Local, Any, Ops], tuple[Upload, Any]]
+    aggregate: Callable[[Any, Upload, Cohort], tuple[Any, dict[str, Array]]]
+    export: Callable[[Any], Params]
+    tx: optax.GradientTransformationExtraArgs
+    client_init: Callable[[Params, Array], Any] = lambda params, id: ()
+    wire_down: Callable[[Download], Tree] = lambda download: download.trainable
+    wire_up: Callable[[Upload], Tree] = lambda upload: upload
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options that mean the same for every strategy.
+
+    Attributes:
+      lr: learning rate of the clients, or a schedule of the global step (round * K + local step).
+      rank: r of adapters and subspaces. Larger than a kernel's side is an error where it would be used.
+      head_ratio: learning rate of `train` leaves as a multiple of `lr`.
+      lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank`. None means `2 * rank`, a scale of 2.
+      weight_decay: decoupled, on kernels only.
+      clip: global norm above which a client's gradient, as trained (projected where projected), is scaled
+        down; 0 switches it off.
+      b1, b2, eps: Adam's.
+      roles: ordered `(path regex, role)`, see `ROLES`.
+    """
+
+    lr: float | Schedule
+    rank: int = 4
+    head_ratio: float = 1.0
+    lora_alpha: float | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    roles: tuple[tuple[str, str], ...] = DEFAULT_ROLES
+
+    def __post_init__(self):
+        """Refuses values that cannot mean anything."""
+        if not callable(self.lr):
+            _require("lr", self.lr, 0 < self.lr < math.inf, "a positive, finite number")
+        _require("rank", self.rank, isinstance(self.rank, int) and self.rank > 0, "an integer >= 1")
+        for name in ("head_ratio", "weight_decay", "clip", "b1", "b2"):
+            value = getattr(self, name)
+            _require(name, value, 0 <= value < math.inf, "a finite number >= 0")
+        _require("b1", self.b1, self.b1 < 1, "a number in [0, 1)")
+        _require("b2", self.b2, self.b2 < 1, "a number in [0, 1)")
+        _require("eps", self.eps, 0 < self.eps < math.inf, "a positive, finite number")
+        if self.lora_alpha is not None:
+            _require("lora_alpha", self.lora_alpha, 0 < self.lora_alpha < math.inf, "positive")
+        for pattern, role in self.roles:
+            _require("roles", f"{pattern}={role}", role in ROLES, f"a role among {', '.join(ROLES)}")
+
+    @property
+    def lora_scale(self) -> float:
+        """s = alpha / r."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+
+    def role(self, path: str) -> str:
+        """The role of one parameter."""
+        return next(role for pattern, role in self.roles if re.match(pattern, path))
+
+    def split(self, flat: Flat) -> tuple[Flat, Flat, Flat]:
+        """Sorts a model's leaves `{path: leaf}` by role: `(adapt, train, freeze)`."""
+        role = tree.resolve(flat, self.roles)
+        adapt, train, freeze = (
+            {path: leaf for path, leaf in flat.items() if role[path] == wanted} for wanted in ROLES
+        )
+        if vectors := [path for path, leaf in adapt.items() if leaf.ndim < 2]:
+            raise ValueError(f"only kernels can be adapted, not {', '.join(vectors)}: train them")
+        return adapt, train, freeze
+
+    def clipped_adam(self) -> optax.GradientTransformation:
+        """Clipping by the norm of what is trained, then Adam."""
+        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+        return optax.chain(clip, scale_by_warm_adam(self.b1, self.b2, self.eps))
+
+    def tail(self) -> optax.GradientTransformationExtraArgs:
+        """Decoupled decay and the step size; `train` leaves at their own learning rate."""
+        ratio = [(p, self.head_ratio if role == "train" else 1.0) for p, role in self.roles]
+        return adamw_tail(self.lr, self.weight_decay, ratio)
+
+    def adamw(self) -> optax.GradientTransformationExtraArgs:
+        """The clients' optimizer over `{path: leaf}`."""
+        return optax.chain(self.clipped_adam(), self.tail())
+
+
+def _require(name: str, value, ok: bool, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not usable: give {remedy}")
+
+
+def change(download: Download, local: Local) -> Flat:
+    """What local training changed, `{path: trained - start}`.
+
+    Methods average changes rather than values: a round in which nobody took part then moves nothing.
+    """
+    return jax.tree.map(jnp.subtract, local.trainable, download.trainable)
+
+
+def add(start: Tree, update: Tree) -> Tree:
+    """`start + update`, in `start`'s dtypes."""
+    return jax.tree.map(lambda s, u: (s + u).astype(s.dtype), start, update)

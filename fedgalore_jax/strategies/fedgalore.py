@@ -1,0 +1,352 @@
+"""FedGaLore: gradient-subspace AdamW on clients, full-space averaging, synchronised projected moments.
+
+arXiv 2602.01746. What the paper fixes is known to us from its abstract [V]: GaLore-style clients, and a
+server that aligns *projected second moments* by spectral shared-signal extraction (AJIVE [V2]). Every
+other choice below is our reading, a named option, marked [I] in METHODS 1-2.
+
+Ledger (m x n kernel projected on the left, floats per client and round; nu is the second moment)
+  trained         Z [r, n] of every adapt kernel, W = c W0 + P Z; train leaves in full
+  frozen          P [m, r] during the round; freeze leaves
+  down            rn (mean Z) + rn per synchronised moment + a seed; basis=server: + mr;
+                  basis=own or client_weights=dense: mn + rn per synchronised moment
+  up              rn (Z) + rn per synchronised moment; basis=own: + mr;
+                  client_weights=dense: mn + rn per synchronised moment
+  kept by client  nothing (the base model; a client that missed rounds replays or reloads it)
+  re-initialised  sync=none: both moments, every round; sync_first=false: the first moment
+Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedgalore_jax import tree
+from fedgalore_jax.adapters import merge
+from fedgalore_jax.galore import in_subspace
+from fedgalore_jax.lowrank import FINDERS, leading_subspace, orthonormalise
+from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
+from fedgalore_jax.shared_signal import METHODS, synchronise
+from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
+from fedgalore_jax.types import Adapted, Array, Flat, LowRank
+
+BASES = ("shared", "server", "own")
+SYNCS = ("none", *METHODS)
+TRANSPORTS = ("keep", "row_mean", "squared_overlap")
+
+
+class Extra(NamedTuple):
+    """What the server sends besides weights.
+
+    Attributes:
+      adam: the synchronised moments, `()` with sync=none.
+      basis: `{path: P}`, `()` with basis=own. With basis=shared it follows from `seed` and does not travel.
+      step: the mean change that led to this round's weights, `()` where it would be dense.
+      seed: key of all bases that the server makes.
+    """
+
+    adam: WarmAdamState | tuple[()]
+    basis: Flat | tuple[()]
+    step: Flat | tuple[()]
+    seed: Array
+
+
+class FedGaLoreState(NamedTuple):
+    """The server's memory.
+
+    Attributes:
+      params: `{path: leaf}`, the whole model.
+      extra: what goes along with it.
+      round: int32 scalar.
+    """
+
+    params: Flat
+    extra: Extra
+    round: Array
+
+
+def transported(moment: Array, old: Array, new: Array, how: str) -> Array:
+    """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
+
+    Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
+    hence the normalisation by row [I] (METHODS 2; the unnormalised rule is LDAdam's [V]).
+    """
+    if how == "keep":
+        return moment
+    if how == "row_mean":
+        return jnp.broadcast_to(moment.mean(-2, keepdims=True), moment.shape)
+    overlap = jnp.square(jnp.swapaxes(new, -1, -2) @ old)
+    return (overlap / jnp.maximum(overlap.sum(-1, keepdims=True), 1e-12)) @ moment
+
+
+def fedgalore(
+    common: Common,
+    *,
+    client_weights: str = "factored",
+    basis: str = "shared",
+    refresh_rounds: int | None = None,
+    finder: str = "subspace",
+    basis_batches: int = 1,
+    side: str = "left",
+    sync: str = "ajive",
+    sync_first: bool = True,
+    transport: str | None = None,
+    signal_rank: int | None = None,
+    joint_rank: int | None = None,
+    floor: float = 1e-3,
+) -> Strategy:
+    """Builds FedGaLore.
+
+    Args:
+      common: options shared by all strategies; `common.rank` is r.
+      client_weights: "factored" trains Z next to the frozen kernel; "dense" trains full weights through
+        `galore.in_subspace`. The numbers are the same (DESIGN F2); factored needs no m x n per client.
+      basis: "shared" (from a seed; costs no upload), "server" (half from the last mean change of the
+        weights, half random so that it can leave its span), "own" (each client's first gradients).
+      refresh_rounds: rounds a basis is kept; 5 by default. Own bases are new every round (1).
+      finder: how an own basis is found, one of `lowrank.FINDERS`.
+      basis_batches: batches whose mean gradient gives an own basis.
+      side: "left" projects the input side of a kernel, "right" the output side.
+      sync: what is done with the clients' second moments: "none" (all moments restart every round),
+        "mean", "median", "ajive".
+      sync_first: average the first moment too (ours, not the paper's). Own bases have no common
+        coordinates, so there it averages that of plainly trained leaves and restarts the rest.
+      transport: what becomes of the second moment's rows when the basis changes: "keep" (as galore_torch
+        does [V]), "row_mean" (every row its mean over rows: all that unrelated bases share),
+        "squared_overlap" (rows mixed by squared cosines between bases, normalised per row so that no mass
+        is lost). Default "keep"; "row_mean" with own bases. The first moment is rotated by the overlap.
+      signal_rank: AJIVE's rank per client; `max(1, r // 2)` by default.
+      joint_rank: AJIVE's joint rank; by its thresholds when None.
+      floor: AJIVE's smallest second moment, as a share of the column mean.
+
+    Returns:
+      A `Strategy`.
+
+    Raises:
+      ValueError: an unknown name, or options that contradict each other.
+    """
+    own, dense = basis == "own", client_weights == "dense"
+    if refresh_rounds is None:
+        refresh_rounds = 1 if own else 5
+    if transport is None:
+        transport = "row_mean" if own else "keep"
+    if signal_rank is None:
+        signal_rank = max(1, common.rank // 2)
+    for name, value, accepted in (
+        ("client_weights", client_weights, ("factored", "dense")),
+        ("basis", basis, BASES),
+        ("finder", finder, FINDERS),
+        ("side", side, ("left", "right")),
+        ("sync", sync, SYNCS),
+        ("transport", transport, TRANSPORTS),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(accepted)}")
+    for name, value in (("refresh_rounds", refresh_rounds), ("basis_batches", basis_batches)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if own and refresh_rounds != 1:
+        raise ValueError(f"refresh_rounds={refresh_rounds}: own bases are new every round, give 1")
+    if own and transport == "squared_overlap":
+        raise ValueError("transport='squared_overlap' needs a common old basis: not with basis='own'")
+    if sync == "ajive" and not 1 <= signal_rank < common.rank:
+        raise ValueError(f"signal_rank={signal_rank} must lie in 1..rank-1 (rank={common.rank})")
+    if joint_rank is not None and not 0 <= joint_rank <= signal_rank:
+        raise ValueError(f"joint_rank={joint_rank} must lie in 0..signal_rank ({signal_rank})")
+
+    def adapted(path: str) -> bool:
+        return common.role(path) == "adapt"
+
+    def left(x: Array) -> Array:
+        """Puts the subspace axis first and the shared axis last, and back."""
+        return x if side == "left" else jnp.swapaxes(x, -1, -2)
+
+    def factors(p: Array, z: Array) -> LowRank:
+        return LowRank(p, z) if side == "left" else LowRank(z, jnp.swapaxes(p, -1, -2))
+
+    def subspaces(matrices: Flat, key: Array, how: str, rank: int) -> Flat:
+        return {
+            path: leading_subspace(left(w), rank, finder=how, key=jax.random.fold_in(key, i))
+            for i, (path, w) in enumerate(matrices.items())
+        }
+
+    def tx_dense():
+        def mask(trainable):
+            return {path: adapted(path) for path in trainable}
+
+        inside = in_subspace(common.clipped_adam(), common.rank, side=side, mask=mask)
+
+        def update(updates, state, params, *, extra, step):
+            del step
+            bases = {path: extra.get(path, optax.MaskedNode()) for path in updates}
+            return inside.update(updates, state, params, basis=bases)
+
+        inside = optax.GradientTransformationExtraArgs(inside.init, update)
+        return optax.chain(inside, common.tail())
+
+    tx = tx_dense() if dense else common.adamw()
+
+    def starting(adapt: Flat, train: Flat) -> Flat:
+        """Where local training starts: Z = 0 next to a kernel, or the kernel itself."""
+        if dense:
+            return adapt | train
+        shapes = {path: (*w.shape[:-2], common.rank, left(w).shape[-1]) for path, w in adapt.items()}
+        zeros = {path: left(jnp.zeros(shape, adapt[path].dtype)) for path, shape in shapes.items()}
+        shrink = {"shrink": jnp.ones(())} if common.weight_decay else {}
+        return zeros | train | shrink
+
+    def init(params, key, num_clients):
+        del num_clients
+        flat = tree.flatten(params)
+        adapt, train, _ = common.split(flat)
+        for path, w in adapt.items():
+            if common.rank >= left(w).shape[-2]:
+                raise ValueError(
+                    f"rank={common.rank} is no subspace of the {side} side of {path} {w.shape}: "
+                    f"give less than {left(w).shape[-2]}"
+                )
+        trainable = starting(adapt, train)
+        adam = () if sync == "none" else adam_state(tx.init(trainable))
+        step = () if own or dense else jax.tree.map(jnp.zeros_like, trainable)
+        bases = () if own else subspaces(adapt, jax.random.fold_in(key, 0), "random", common.rank)
+        return FedGaLoreState(flat, Extra(adam, bases, step, key), jnp.zeros((), jnp.int32))
+
+    def broadcast(state):
+        adapt, train, freeze = common.split(state.params)
+        frozen = freeze if dense else freeze | adapt
+        return Download(starting(adapt, train), frozen, state.extra, state.round)
+
+    def assemble(download, trainable, extra):
+        if dense:
+            return tree.unflatten(download.frozen | trainable)
+        rest = dict(trainable)
+        shrink = rest.pop("shrink", None)
+
+        def kernel(path, p):
+            base, pair, c = download.frozen[path], factors(p, rest[path]), None
+            if shrink is not None:
+                c = jnp.broadcast_to(jax.lax.stop_gradient(shrink), base.shape[:-2])
+            return Adapted(base, pair.a, pair.b, c)
+
+        kernels = {path: kernel(path, p) for path, p in extra.items()}
+        return tree.unflatten(download.frozen | rest | kernels)
+
+    def start(download, client_state, ops):
+        del client_state
+        bases = download.extra.basis
+        if own:
+            model = {k: v for k, v in download.trainable.items() if k != "shrink"} | download.frozen
+            adapt, _, _ = common.split(model)
+
+            def gradient(j):
+                return ops.grad(lambda kernels: tree.unflatten(model | kernels), adapt, j)
+
+            total = gradient(0)
+            for j in range(1, basis_batches):
+                total = jax.tree.map(jnp.add, total, gradient(j))
+            bases = subspaces(total, ops.key, finder, common.rank)
+        opt = tx.init(download.trainable)
+        if sync != "none":
+            opt = with_adam_state(opt, download.extra.adam)
+        return Local(download.trainable, opt, bases)
+
+    def finish(download, local, client_state, ops):
+        del ops
+        moved, adam = change(download, local), adam_state(local.opt)
+        if own and not dense:
+            moved |= {path: factors(p, moved[path]) for path, p in local.extra.items()}
+        mean, stack = {"change": moved}, ()
+        if sync != "none":
+            nu = dict(adam.nu)
+            if sync != "mean":
+                stack = {path: nu.pop(path) for path in local.extra}
+            mean["nu"] = nu
+            if sync_first:
+                mean["mu"] = {k: v for k, v in adam.mu.items() if not (own and adapted(k))}
+        return Upload(mean=mean, stack=stack), client_state
+
+    def synchronised(adam: WarmAdamState, upload, cohort):
+        nu, ranks = dict(upload.mean["nu"]), {}
+        for path, rows in upload.stack.items() if upload.stack else ():
+            nu[path], rank = synchronise(
+                left(rows),
+                cohort.weights,
+                method=sync,
+                signal_rank=signal_rank,
+                joint_rank=joint_rank,
+                floor=floor,
+            )
+            nu[path] = left(nu[path])
+            if sync == "ajive":
+                ranks[f"joint_rank/{path}"] = rank
+        count = adam.count_v + cohort.steps
+        mu = jax.tree.map(jnp.zeros_like, adam.mu) | (upload.mean["mu"] if sync_first else {})
+        return WarmAdamState(count if sync_first else adam.count_m, count, mu, nu), ranks
+
+    def refreshed(extra: Extra, change: Flat, round_: Array):
+        """New bases, and the moments in their coordinates."""
+        key, bases, adam = jax.random.fold_in(extra.seed, round_ // refresh_rounds), (), extra.adam
+        if basis == "shared":
+            bases = subspaces(change, key, "random", common.rank)
+        if basis == "server":
+            kept = subspaces(change, key, "subspace", common.rank - common.rank // 2)
+            fresh = subspaces(change, jax.random.fold_in(key, 0), "random", common.rank // 2)
+            bases = {
+                path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key)
+                for path, p in kept.items()
+            }
+        if sync == "none":
+            return extra._replace(basis=bases)
+        mu, nu = dict(adam.mu), dict(adam.nu)
+        for path in change:
+            old, new = (None, None) if own else (extra.basis[path], bases[path])
+            nu[path] = left(transported(left(nu[path]), old, new, transport))
+            if not own:
+                mu[path] = left(jnp.swapaxes(new, -1, -2) @ (old @ left(mu[path])))
+        return extra._replace(basis=bases, adam=adam._replace(mu=mu, nu=nu))
+
+    def aggregate(state, upload, cohort):
+        params, extra, moved = dict(state.params), state.extra, dict(upload.mean["change"])
+        step = () if own or dense else dict(moved)
+        adapt, _, _ = common.split(params)
+        shrunk = moved.pop("shrink", 0.0)
+        for path in adapt:
+            if not own and not dense:
+                moved[path] = merge(factors(extra.basis[path], moved[path]))
+            moved[path] = moved[path] + shrunk * params[path]
+        params |= {path: (params[path] + d).astype(params[path].dtype) for path, d in moved.items()}
+        metrics = {}
+        if sync != "none":
+            adam, metrics = synchronised(extra.adam, upload, cohort)
+            extra = extra._replace(adam=adam)
+        done = state.round + 1
+        extra = jax.lax.cond(
+            done % refresh_rounds == 0,
+            lambda: refreshed(extra, {path: moved[path] for path in adapt}, done),
+            lambda: extra,
+        )
+        return FedGaLoreState(params, extra._replace(step=step), done), metrics
+
+    def export(state):
+        return tree.unflatten(state.params)
+
+    def wire_down(download):
+        adam, bases, step, seed = download.extra
+        if own or dense:
+            model = download.trainable | download.frozen
+            step = {path: model[path] for path in download.trainable}
+        sent = {"step": step}
+        if basis == "shared":
+            sent["seed"] = seed
+        if basis == "server":
+            sent["basis"] = bases
+        if sync != "none":
+            sent["nu"] = adam.nu
+            if sync_first:
+                sent["mu"] = {k: v for k, v in adam.mu.items() if not (own and adapted(k))}
+        return sent
+
+    return Strategy(
+        init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down
+    )
