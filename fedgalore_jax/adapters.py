@@ -38,7 +38,7 @@ def merge(kernel: Array | Adapted | LowRank) -> Array:
     return base + kernel.a @ kernel.b
 
 
-def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float32) -> LoRA:
+def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype) -> LoRA:
     """LoRA's initial factors: `a` uniform as `peft` draws it (Kaiming, a=sqrt(5)), `b` zero.
 
     Args:

@@ -20,7 +20,7 @@ class Plan(NamedTuple):
       ids: `[R, C]` int32, clients of each round; N for padding.
       samples: `[R, C, K, B]` int32, rows of the training set.
       weight: `[R, C, B]` float32, 0 for the padding of a client that has fewer samples than B.
-      counts: `[R, C]` float32, samples of each client; 0 for padding.
+      counts: `[R, C]` int32, samples of each client; 0 for padding.
     """
 
     ids: np.ndarray
@@ -65,7 +65,7 @@ class FederatedData(NamedTuple):
             np.full(shape, len(self.parts), np.int32),
             np.zeros((*shape, steps, batch_size), np.int32),
             np.zeros((*shape, batch_size), np.float32),
-            np.zeros(shape, np.float32),
+            np.zeros(shape, np.int32),
         )
         for r, t in enumerate(rounds):
             plan.ids[r, :cohort] = self.cohort(t, cohort)

@@ -182,8 +182,8 @@ def fedgalore(
             bases = {path: extra.get(path, optax.MaskedNode()) for path in updates}
             return inside.update(updates, state, params, basis=bases)
 
-        inside = optax.GradientTransformationExtraArgs(inside.init, update)
-        return optax.chain(inside, common.tail())
+        first = optax.GradientTransformationExtraArgs(inside.init, update)
+        return optax.chain(first, common.tail())
 
     tx = tx_dense() if dense else common.adamw()
 

@@ -54,7 +54,9 @@ def fedit(common: Common) -> Strategy:
         del num_clients
         adapt, train, freeze = common.split(tree.flatten(params))
         factors = {
-            path: lora_factors(jax.random.fold_in(key, i), kernel.shape, common.rank)
+            path: lora_factors(
+                jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype
+            )
             for i, (path, kernel) in enumerate(adapt.items())
         }
         return FedITState(factors | train, freeze | adapt, jnp.zeros((), jnp.int32))

@@ -1,0 +1,257 @@
+"""What every strategy must do, whatever it is. The full matrix: `pytest -m slow tests/test_conformance.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problem import K, L, N, assert_close, m, n, params, plan, setup, train_rounds
+
+from fedgalore_jax import strategies, tree
+from fedgalore_jax.data import Plan
+
+r, bias = 3, n
+CASES = {
+    "fedavg": ("fedavg", {}),
+    "fedavg, mean moments": ("fedavg", {"moments": "mean"}),
+    "fedit": ("fedit", {}),
+    "fedgalore": ("fedgalore", {}),
+    "fedgalore, own": ("fedgalore", {"basis": "own"}),
+    "fedgalore, server mean": ("fedgalore", {"basis": "server", "sync": "mean"}),
+    "fedgalore, dense median": ("fedgalore", {"client_weights": "dense", "sync": "median"}),
+    "fedgalore, none": ("fedgalore", {"sync": "none", "refresh_rounds": 1}),
+}
+CORE = ("fedavg", "fedit", "fedgalore", "fedgalore, own")
+SEED = 8
+MOMENTS = 2 * (L * r * n + bias)
+FLOATS = {
+    # (down, up) per client and round, from the ledgers in the strategies' headers; SEED is in bytes.
+    "fedavg": (L * m * n + bias, L * m * n + bias),
+    "fedavg, mean moments": (3 * (L * m * n + bias), 3 * (L * m * n + bias)),
+    "fedit": (L * r * (m + n) + bias, L * r * (m + n) + bias),
+    "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
+    "fedgalore, own": (
+        L * m * n + bias + MOMENTS - L * r * n,
+        L * r * (m + n) + bias + MOMENTS - L * r * n,
+    ),
+    "fedgalore, server mean": (
+        L * r * n + bias + MOMENTS + L * m * r,
+        L * r * n + bias + MOMENTS,
+    ),
+    "fedgalore, dense median": (
+        L * m * n + bias + MOMENTS + SEED / 4,
+        L * m * n + bias + MOMENTS,
+    ),
+    "fedgalore, none": (L * r * n + bias + SEED / 4, L * r * n + bias),
+}
+
+every = pytest.mark.parametrize(
+    "case", [c if c in CORE else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+
+
+def test_every_strategy_has_a_row():
+    assert {method for method, _ in CASES.values()} == set(strategies.names())
+    assert {CASES[case][0] for case in CORE} == set(strategies.names())
+
+
+@pytest.fixture(scope="module")
+def built():
+    """One engine and one compilation per case, shared by the tests that need no other."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            method, options = CASES[case]
+            machine, rounds, state = setup(method, **options)
+            made[case] = machine, rounds, state, plan(range(10))
+        return made[case]
+
+    return get
+
+
+@every
+def test_ten_rounds_are_finite_and_the_loss_falls(built, case):
+    machine, rounds, state, ten = built(case)
+    state, metrics = rounds(state, machine.train, ten, 10)
+    losses = np.asarray(metrics["train_loss"])
+    assert np.isfinite(losses).all() and losses[-2:].mean() < 0.85 * losses[0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(machine.strategy.export(state.server)))
+
+
+@every
+def test_the_second_call_does_not_recompile(built, case):
+    machine, rounds, state, ten = built(case)
+    after, _ = rounds(state, machine.train, ten, 1)
+    size = rounds._cache_size()
+    rounds(after, machine.train, ten, 3)
+    assert rounds._cache_size() == size
+
+
+@every
+def test_a_round_leaves_the_types_of_the_state_alone(built, case):
+    machine, rounds, state, ten = built(case)
+    after, _ = rounds(state, machine.train, ten, 1)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert [x.sharding for x in jax.tree.leaves(after)] == [
+        x.sharding for x in jax.tree.leaves(state)
+    ]
+
+
+@every
+def test_one_call_of_two_rounds_equals_two_calls(built, case):
+    machine, rounds, state, ten = built(case)
+    together, _ = rounds(state, machine.train, ten, 2)
+    first, _ = rounds(state, machine.train, ten, 1)
+    later = Plan(*(np.roll(field, -1, 0) for field in ten))
+    apart, _ = rounds(first, machine.train, later, 1)
+    assert_close(together.server, apart.server, 1e-6)
+
+
+@every
+@pytest.mark.parametrize("chunk", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_chunks_agree(built, case, chunk):
+    """Also the test of padded clients: two do not divide five, so one client is empty."""
+    machine, rounds, state, ten = built(case)
+    whole, whole_metrics = rounds(state, machine.train, ten, 2)
+    method, options = CASES[case]
+    out, chunked, metrics = train_rounds(method, 2, chunk=chunk, **options)
+    assert_close(out, machine.strategy.export(whole.server), 1e-5)
+    assert jax.tree.structure(chunked) == jax.tree.structure(whole)
+    np.testing.assert_allclose(metrics["train_loss"], whole_metrics["train_loss"][:2], rtol=1e-4)
+
+
+@every
+def test_the_order_of_clients_does_not_matter(built, case):
+    machine, rounds, state, ten = built(case)
+    order = np.array([3, 0, 4, 1, 2])
+    mixed = Plan(*(field[:, order] for field in ten))
+    assert_close(
+        machine.strategy.export(rounds(state, machine.train, ten, 2)[0].server),
+        machine.strategy.export(rounds(state, machine.train, mixed, 2)[0].server),
+        1e-5,
+    )
+
+
+@every
+def test_only_relative_weights_matter(built, case):
+    machine, rounds, state, ten = built(case)
+    heavy = ten._replace(counts=ten.counts * 7)
+    assert_close(
+        machine.strategy.export(rounds(state, machine.train, ten, 2)[0].server),
+        machine.strategy.export(rounds(state, machine.train, heavy, 2)[0].server),
+        1e-5,
+    )
+
+
+@every
+def test_absent_clients_change_nothing(built, case):
+    """An empty client is as good as none: its samples, however wild, reach nobody."""
+    machine, rounds, state, ten = built(case)
+    gone = ten._replace(counts=np.where(np.arange(N) == 2, 0, ten.counts))
+    wild = gone._replace(samples=np.where(np.arange(N)[:, None, None] == 2, 0, gone.samples))
+    assert_close(
+        rounds(state, machine.train, gone, 2)[0].server,
+        rounds(state, machine.train, wild, 2)[0].server,
+        1e-6,
+    )
+
+
+@every
+def test_frozen_leaves_are_untouched_and_the_rest_moves(built, case):
+    machine, rounds, state, ten = built(case)
+    out = machine.strategy.export(rounds(state, machine.train, ten, 1)[0].server)
+    start = params()
+    assert jax.tree.structure(out) == jax.tree.structure(start)
+    np.testing.assert_array_equal(out["embeddings"]["shift"], start["embeddings"]["shift"])
+    assert np.abs(out["layers"]["kernel"] - start["layers"]["kernel"]).max() > 1e-3
+    assert np.abs(out["classifier"]["bias"] - start["classifier"]["bias"]).max() > 1e-3
+
+
+@every
+def test_bytes_on_the_wire_are_the_ledgers(built, case):
+    machine, _, state, ten = built(case)
+    wire = machine.wire(state, ten)
+    assert (wire.down / 4, wire.up / 4) == FLOATS[case]
+    assert wire.memory == 0
+
+
+@every
+def test_runs_are_bit_identical(built, case):
+    machine, rounds, state, ten = built(case)
+    first, second = (rounds(state, machine.train, ten, 3)[0] for _ in range(2))
+    assert_close(first, second, 0)
+
+
+def test_a_client_remembers_and_others_do_not():
+    """The engine's rows of client memory: only clients of the cohort write, and only their own."""
+    machine, _, _ = setup("fedavg", chunk=2)
+    strategy = machine.strategy
+
+    def finish(download, local, memory, ops):
+        upload, _ = strategy.finish(download, local, (), ops)
+        return upload, {"seen": memory["seen"] + 1, "id": ops.id}
+
+    remembering = strategy._replace(
+        client_init=lambda params, client: {"seen": jnp.int32(0), "id": -jnp.ones((), jnp.int32)},
+        finish=finish,
+    )
+    machine = machine._replace(strategy=remembering)
+    from fedgalore_jax import engine
+
+    state = engine.init(remembering, params(), jax.random.key(0), N)
+    rows = plan(range(2), cohort=3, chunk=2)
+    state, _ = machine.compile()[0](state, machine.train, rows, 2)
+    chosen = [set(rows.ids[t].tolist()) - {N} for t in range(2)]
+    want = [sum(client in c for c in chosen) for client in range(N)]
+    assert state.clients["seen"].tolist() == want and 0 in want
+    assert state.clients["id"].tolist() == [c if s else -1 for c, s in enumerate(want)]
+    assert machine.wire(state, rows).memory == 8
+
+
+def test_one_client_alone_is_plain_local_training():
+    """FedAvg with one client is AdamW on its batches: K steps, nothing else."""
+    import optax
+    from problem import loss, samples
+
+    machine, rounds, state = setup("fedavg", chunk=1, clip=0.0)
+    rows = plan(range(1), cohort=1)
+    got = machine.strategy.export(rounds(state, machine.train, rows, 1)[0].server)
+    start = params()
+    mask = {"layers": True, "classifier": True, "embeddings": False}
+    tx = optax.masked(optax.adam(0.05, eps=1e-6), mask)
+    opt, trained, data = tx.init(start), start, samples()
+    for j in range(K):
+        batch = {k: jnp.asarray(v[rows.samples[0, 0, j]]) for k, v in data.items()}
+        batch["weight"] = jnp.asarray(rows.weight[0, 0])
+        grads = jax.grad(loss)(trained, batch, None)
+        grads["embeddings"] = jax.tree.map(jnp.zeros_like, grads["embeddings"])
+        updates, opt = tx.update(grads, opt)
+        trained = optax.apply_updates(trained, updates)
+    assert_close(got, trained, 1e-5)
+
+
+def test_unknown_names_and_options_list_the_accepted_ones():
+    with pytest.raises(ValueError, match="unknown method 'fedsgd': choose from fedavg, fedgalore"):
+        strategies.build("fedsgd", lr=1.0)
+    with pytest.raises(ValueError, match="fedavg has no option 'momnets': its options are moments"):
+        strategies.build("fedavg", lr=1.0, momnets="mean")
+    with pytest.raises(ValueError, match="moments='kept' is not one of reset, mean"):
+        strategies.build("fedavg", lr=1.0, moments="kept")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", float("nan")), ("lr", 0.0), ("rank", 0), ("clip", -1.0), ("b1", 1.0), ("eps", 0.0)],
+)
+def test_common_options_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        strategies.build("fedavg", **({"lr": 1.0} | {name: value}))
+
+
+def test_roles_must_fit_the_model():
+    flat = tree.flatten(params())
+    common = strategies.Common(1.0, roles=(("layers", "adapt"), ("head", "train"), (".*", "freeze")))
+    with pytest.raises(ValueError, match="'head' matches no parameter"):
+        common.split(flat)
+    with pytest.raises(ValueError, match="only kernels can be adapted, not classifier/bias"):
+        strategies.Common(1.0, roles=((".*", "adapt"),)).split(flat)
