@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import os
 import pathlib
 import sys
 
@@ -16,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _main(sys.argv if argv is None else argv)
     except KeyboardInterrupt:
-        _stop("interrupted: the rounds that were read are in metrics.jsonl", 130)
+        _stop("interrupted; the rounds that are complete are in metrics.jsonl", 130)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
         _stop(" ".join(str(error).split()), 2)
 
@@ -24,8 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 def _stop(line: str, status: int) -> None:
     sys.stdout.flush()
     print(f"run.py: {line}", file=sys.stderr, flush=True)
-    # A compiled call may still be running in a thread of the runtime; there is nothing to wait for.
-    os._exit(status)
+    sys.exit(status)
 
 
 def _main(argv: list[str]) -> None:

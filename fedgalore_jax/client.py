@@ -1,4 +1,4 @@
-"""What one client does in a round: K local steps on its own batches. Written for one, vmapped by the engine."""
+"""What one client does in a round: K local steps on its own batches. The engine vmaps it over clients."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedgalore_jax.strategies.base import Download, Local, Ops, Strategy, Upload
+from fedgalore_jax.strategies.base import Download, Ops, Strategy, Upload
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
 Loss = Callable[[Params, Batch, Array], Array]
@@ -63,6 +63,6 @@ def local_train(
     (trainable, opt), losses = jax.lax.scan(
         step, (local.trainable, local.opt), jnp.arange(steps, dtype=jnp.int32)
     )
-    local = Local(trainable, opt, local.extra)
+    local = local._replace(trainable=trainable, opt=opt)
     upload, client_state = strategy.finish(download, local, client_state, ops)
     return upload, client_state, losses

@@ -1,6 +1,7 @@
 """The description of a run. Plain data: `json.dumps(dataclasses.asdict(config))` is `config.json`."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,13 @@ class Config:
         self._require("seed", self.seed >= 0, "an integer >= 0")
         fits = self.cohort is None or self.cohort <= self.clients
         self._require("cohort", fits, f"at most --clients, {self.clients}")
+
+        for name in ("adapt", "train"):
+            try:
+                for pattern in getattr(self, name).split(","):
+                    re.compile(pattern)
+            except re.error as error:
+                self._require(name, False, f"regular expressions ({error})")
 
     def _require(self, name: str, ok: bool, remedy: str) -> None:
         if not ok:

@@ -4,7 +4,7 @@ The engine knows no strategy by name. Rounds up to the next evaluation are one c
 trip count: the same program runs one round or fifty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Wire(NamedTuple):
 def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> RunState:
     """The state before round 0."""
     server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    server = strategy.init(params, server_key, num_clients)
+    server = jax.jit(strategy.init, static_argnums=2)(params, server_key, num_clients)
     ids = jnp.arange(num_clients, dtype=jnp.int32)
     clients = jax.vmap(partial(strategy.client_init, params))(ids)
     return RunState(server, clients, run_key)
@@ -112,8 +112,9 @@ class Engine(NamedTuple):
         strategy = self.strategy
         download = strategy.broadcast(state.server)
         key = jax.random.fold_in(state.key, download.round)
-        mask = (plan.counts > 0).astype(jnp.float32)
-        weights = plan.counts / jnp.maximum(plan.counts.sum(), 1)
+        counts = jnp.asarray(plan.counts)
+        mask = (counts > 0).astype(jnp.float32)
+        weights = counts / jnp.maximum(counts.sum(), 1)
         memory = jax.tree.map(lambda x: x.take(plan.ids, 0, mode="clip"), state.clients)
 
         def client(memory, client_id, samples, weight):
@@ -174,7 +175,7 @@ class Engine(NamedTuple):
         return Wire(*map(tree.nbytes, jax.eval_shape(one, state, self.train, plan)))
 
 
-def in_batches(inputs: Batch, batch_size: int) -> Batch:
+def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
     """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with the first samples."""
 
     def cut(x):

@@ -7,7 +7,7 @@ count of its own. Counters and the global step are never batched over clients (D
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,7 @@ def scale_by_warm_adam(
 
     def update(updates, state, params=None):
         del params
-        count_m = optax.safe_increment(state.count_m)
-        count_v = optax.safe_increment(state.count_v)
+        count_m, count_v = state.count_m + 1, state.count_v + 1
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment(updates, state.nu, b2, 2)
         mu_hat = optax.tree.bias_correction(mu, b1, count_m)
@@ -106,9 +105,8 @@ def adamw_tail(
         del params
         return optax.EmptyState()
 
-    def update(updates, state, params, *, step, **extra):
-        del extra
-        rate = lr(step) if callable(lr) else lr
+    def update(updates, state, params: Any = None, **extra):
+        rate = lr(extra["step"]) if callable(lr) else lr
 
         def one(path, update, param):
             factor = next((f for pattern, f in lr_ratio if re.match(pattern, path)), 1.0)

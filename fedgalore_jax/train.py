@@ -11,7 +11,6 @@ from importlib import metadata, resources
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -97,11 +96,12 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
 class _Loop:
     """The rounds of one run, and what is measured on the way."""
 
+    wire: engine.Wire
+
     def __init__(self, config, machine, federation, dataset: Dataset, metrics, out):
         self.config, self.machine, self.federation = config, machine, federation
         self.dataset, self.metrics, self.out = dataset, metrics, out
         self.rounds, self.logits = machine.compile()
-        self.wire: engine.Wire | None = None
 
     def run(self, state: engine.RunState) -> tuple[engine.RunState, list[dict[str, Any]]]:
         """All rounds. Block t - 1 is read, evaluated and written while block t computes."""

@@ -74,7 +74,7 @@ def nbytes(tree: Tree) -> int:
     """Bytes of all leaves; arrays and `ShapeDtypeStruct`s alike, typed PRNG keys by their data."""
 
     def one(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         return leaf.size * leaf.dtype.itemsize
 

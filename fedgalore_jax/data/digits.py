@@ -15,7 +15,7 @@ def load() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     pixels = (images.reshape(-1, 8, 8, 1) / 16).astype(np.float32) * 2 - 1
     order = np.random.default_rng(0).permutation(len(labels))
     train, validation, test = (

@@ -1,6 +1,8 @@
 """Federated algorithms by name: `build("fedgalore", lr=1e-3, sync="ajive")`."""
 
 import inspect
+import types
+import typing
 from dataclasses import fields
 
 from fedgalore_jax.strategies.base import Common, Strategy
@@ -39,8 +41,22 @@ def build(name: str, **given) -> Strategy:
     if unknown := [key for key in given if key not in own and key not in _COMMON]:
         accepted = ", ".join((*own, *_COMMON))
         raise ValueError(f"{name} has no option {unknown[0]!r}: its options are {accepted}")
+    hints = typing.get_type_hints(Common) | typing.get_type_hints(_STRATEGIES[name])
+    for key, value in given.items():
+        _check_type(name, key, value, hints[key])
     common = Common(**{key: value for key, value in given.items() if key in _COMMON})
     return _STRATEGIES[name](common, **{k: v for k, v in given.items() if k in own})
+
+
+def _check_type(method: str, name: str, value: object, hint: object) -> None:
+    """Types matter where options come from a command line: `"0.1"` or 1 for True goes wrong late."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    accepted: typing.Any = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    fits = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+    if fits and (bool in accepted or not isinstance(value, bool)):
+        return
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{method}: {name}={value!r} is not usable: give {wanted}")
 
 
 def _check_name(name: str) -> None:

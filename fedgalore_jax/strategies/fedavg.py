@@ -11,7 +11,7 @@ Ledger (m x n kernel, floats per client and round)
   re-initialised  with moments=reset: both moments, every round
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -43,7 +43,7 @@ class FedAvgState(NamedTuple):
 
     trainable: Flat
     frozen: Flat
-    moments: WarmAdamState | tuple[()]
+    moments: Any
     round: Array
 
 
@@ -96,7 +96,7 @@ def fedavg(common: Common, *, moments: str = "reset", server_lr: float = 1.0) ->
         mean = upload.mean
         step = {path: server_lr * leaf for path, leaf in mean["change"].items()}
         adam = state.moments
-        if isinstance(adam, WarmAdamState):
+        if moments == "mean":
             count = adam.count_v + cohort.steps
             adam = WarmAdamState(count, count, mean["mu"], mean["nu"])
         return FedAvgState(add(state.trainable, step), state.frozen, adam, state.round + 1), {}

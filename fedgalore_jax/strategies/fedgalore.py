@@ -16,7 +16,7 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ class Extra(NamedTuple):
       seed: key of all bases that the server makes.
     """
 
-    adam: WarmAdamState | tuple[()]
-    basis: Flat | tuple[()]
-    step: Flat | tuple[()]
+    adam: Any
+    basis: Any
+    step: Any
     seed: Array
 
 
@@ -66,7 +66,7 @@ class FedGaLoreState(NamedTuple):
     round: Array
 
 
-def transported(moment: Array, old: Array, new: Array, how: str) -> Array:
+def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
     """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
 
     Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
@@ -177,9 +177,8 @@ def fedgalore(
 
         inside = in_subspace(common.clipped_adam(), common.rank, side=side, mask=mask)
 
-        def update(updates, state, params, *, extra, step):
-            del step
-            bases = {path: extra.get(path, optax.MaskedNode()) for path in updates}
+        def update(updates, state, params=None, **extra):
+            bases = {path: extra["extra"].get(path, optax.MaskedNode()) for path in updates}
             return inside.update(updates, state, params, basis=bases)
 
         first = optax.GradientTransformationExtraArgs(inside.init, update)
@@ -284,9 +283,10 @@ def fedgalore(
         mu = jax.tree.map(jnp.zeros_like, adam.mu) | (upload.mean["mu"] if sync_first else {})
         return WarmAdamState(count if sync_first else adam.count_m, count, mu, nu), ranks
 
-    def refreshed(extra: Extra, change: Flat, round_: Array):
+    def refreshed(extra: Extra, change: Flat, done: Array) -> Extra:
         """New bases, and the moments in their coordinates."""
-        key, bases, adam = jax.random.fold_in(extra.seed, round_ // refresh_rounds), (), extra.adam
+        key, adam = jax.random.fold_in(extra.seed, done // refresh_rounds), extra.adam
+        bases: Any = ()
         if basis == "shared":
             bases = subspaces(change, key, "random", common.rank)
         if basis == "server":
@@ -302,7 +302,7 @@ def fedgalore(
         for path in change:
             old, new = (None, None) if own else (extra.basis[path], bases[path])
             nu[path] = left(transported(left(nu[path]), old, new, transport))
-            if not own:
+            if new is not None:
                 mu[path] = left(jnp.swapaxes(new, -1, -2) @ (old @ left(mu[path])))
         return extra._replace(basis=bases, adam=adam._replace(mu=mu, nu=nu))
 

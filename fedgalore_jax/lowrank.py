@@ -1,0 +1,156 @@
+"""Orthonormal bases: Gram-Schmidt that survives rank deficiency, and leading singular subspaces.
+
+The default path is matrix products only. Batched LAPACK calls in one program can hang jaxlib on a
+CPU with few cores: finders that need LAPACK take one matrix after the other, under `vmap` too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+
+from fedgalore_jax.types import Array
+
+FINDERS = ("svd", "gram", "subspace", "random")
+_PASSES = 3  # the error falls as the sixth power of the gap (Halko et al., §4.5)
+# Few numbers, used for many steps: products in TF32 or bfloat16 would save nothing.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def orthonormalise(y: Array, key: Array) -> Array:
+    """Gram-Schmidt of matrix products only, orthonormal for any input.
+
+    A column that depends on those before it, or is zero or not finite, is replaced by what remains
+    of a random one (Cholesky-QR would return NaN).
+
+    Args:
+      y: `[..., m, r]` with r <= m.
+      key: a PRNG key, of the replacements alone.
+
+    Returns:
+      `[..., m, r]` in float32 (float64 if y is); the first j columns span what those of y span.
+
+    Raises:
+      ValueError: r > m.
+
+    References:
+      Giraud et al., The loss of orthogonality in the Gram-Schmidt process, 2005: twice is enough.
+    """
+    m, r = y.shape[-2:]
+    _check_rank(r, m)
+    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    random = jax.random.normal(key, y.shape, dtype)
+    pairs = _scaled(jnp.stack([y.astype(dtype), random], -1), axis=-3)  # [..., m, r, 2]
+    negligible = 100 * jnp.finfo(dtype).eps
+
+    def step(j, basis):
+        pair = jax.lax.dynamic_index_in_dim(pairs, j, pairs.ndim - 2, keepdims=False)  # [..., m, 2]
+        before = jnp.linalg.norm(pair, axis=-2, keepdims=True)
+        for _ in range(2):
+            pair = pair - _matmul(basis, _matmul(basis.mT, pair))
+        after = jnp.linalg.norm(pair, axis=-2, keepdims=True)
+        independent = after > negligible * before  # False for NaN as well
+        column = jnp.where(independent[..., :1], pair[..., :1], pair[..., 1:])
+        column = column / jnp.linalg.norm(column, axis=-2, keepdims=True)
+        return jax.lax.dynamic_update_slice_in_dim(basis, column, j, axis=basis.ndim - 1)
+
+    return jax.lax.fori_loop(0, r, step, jnp.zeros(y.shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "rank", "dtype"))
+def random_basis(key: Array, shape: tuple[int, ...], rank: int, dtype=jnp.float32) -> Array:
+    """A uniformly distributed orthonormal basis `[..., m, r]`, a function of the key alone.
+
+    Args:
+      key: a PRNG key.
+      shape: `(..., m)`, stack axes and the dimension of the space.
+      rank: r, from 1 to m.
+      dtype: float32 or float64.
+
+    Raises:
+      ValueError: rank outside 1 to m.
+    """
+    _check_rank(rank, shape[-1])
+    # Gaussian columns are independent: the replacements can be the same draw, which compiles once.
+    return orthonormalise(jax.random.normal(key, (*shape, rank), dtype), key)
+
+
+def fix_signs(basis: Array) -> Array:
+    """Flips columns of `[..., m, r]` so that the largest-magnitude entry of each is positive.
+
+    Signs of singular vectors are arbitrary, but a first moment outlives the basis it was made in.
+    """
+    peak = jnp.take_along_axis(basis, jnp.argmax(abs(basis), -2, keepdims=True), -2)
+    return jnp.where(peak < 0, -basis, basis)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "finder"))
+def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key: Array) -> Array:
+    """An orthonormal basis of the leading left singular subspace.
+
+    Args:
+      matrix: `[..., m, n]`; use `matrix.mT` for the right singular subspace.
+      rank: r, from 1 to m. Beyond the matrix's own rank the columns are arbitrary.
+      finder: one of `FINDERS`. 'svd' is the reference, 'gram' is `eigh` of the smaller Gram matrix:
+        columns by descending singular value. 'subspace' is three passes of subspace iteration from
+        a random start: the same space as far as there is a gap after the r-th singular value; its
+        columns tend to the singular vectors in order, but are not rotated to them (Rayleigh-Ritz
+        would need LAPACK). 'random' looks only at the shape.
+      key: a PRNG key; 'svd' ignores it.
+
+    Returns:
+      `[..., m, r]` in float32 (float64 if the matrix is), orthonormal ('svd' and 'gram': for finite
+      input), with the signs of `fix_signs` ('random': as drawn).
+
+    Raises:
+      ValueError: an unknown finder, or a rank outside 1 to m.
+
+    References:
+      Halko, Martinsson & Tropp, Finding structure with randomness (0909.4061), algorithm 4.4.
+    """
+    *stack, m, n = matrix.shape
+    _check_rank(rank, m)
+    dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+    if finder == "random":
+        return random_basis(key, (*stack, m), rank, dtype)
+    g = _scaled(matrix.astype(dtype), axis=(-2, -1))
+    if finder == "subspace":
+
+        def iterate(_, basis):
+            return orthonormalise(_matmul(g, _matmul(g.mT, basis)), key)
+
+        # One loop and one draw: compiling them is what a model of a hundred kernels waits for.
+        start = jax.random.normal(key, (*stack, m, rank), dtype)
+        basis = jax.lax.fori_loop(0, _PASSES, iterate, start)
+    elif finder == "svd":
+        basis = _one_by_one(lambda a: jnp.linalg.svd(a, rank > n)[0], g)[..., :rank]
+    elif finder == "gram":
+        gram = _matmul(g, g.mT) if m <= n else _matmul(g.mT, g)
+        basis = _one_by_one(lambda a: jnp.linalg.eigh(a)[1], gram)[..., ::-1][..., :rank]
+        if m > n:  # right singular vectors: lift them, and fill up beyond the n there are
+            missing = [(0, 0)] * (g.ndim - 1) + [(0, max(rank - n, 0))]
+            basis = orthonormalise(jnp.pad(_matmul(g, basis), missing), key)
+    else:
+        raise ValueError(f"finder={finder!r} is unknown: choose one of {', '.join(FINDERS)}")
+    return fix_signs(basis)
+
+
+def _one_by_one(decompose, matrices):
+    """Applies a LAPACK call to `[..., a, b]` in a loop, which `vmap` only makes longer."""
+    decompose = sequential_vmap(decompose)
+    for _ in matrices.shape[:-2]:
+        decompose = jax.vmap(decompose)
+    return decompose(matrices)
+
+
+def _scaled(x, axis):
+    """Largest magnitude 1 (zero stays zero): squares and products stay inside float32."""
+    peak = jnp.max(abs(x), axis, keepdims=True)
+    return x / jnp.where(peak == 0, 1, peak)
+
+
+def _check_rank(rank, m):
+    if not 1 <= rank <= m:
+        raise ValueError(f"rank={rank} does not fit a space of dimension {m}: choose 1 to {m}")

@@ -1,0 +1,100 @@
+"""`config.json` to a family's frozen `Config`, and back."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from fedgalore_jax.models import vit
+
+FAMILIES = {"vit": vit}
+"""Hugging Face's `model_type` to the module that knows the family."""
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> tuple[Any, Any]:
+    """The family's module and its filled-in `Config`.
+
+    Args:
+      path: a Hugging Face directory.
+      num_labels: replaces the labels where it differs from their number.
+      dropout: replaces both dropout probabilities.
+
+    Raises:
+      ValueError: one line that names the file, all that is wrong with it, and the remedy.
+    """
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is not in [0, 1)")
+    file = path / CONFIG
+    raw = _read_json(file)
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ValueError(
+            f"{file}: model_type={raw.get('model_type')!r} is not supported: "
+            f"use one of {', '.join(FAMILIES)}"
+        )
+    if (path / PREPROCESSOR).exists():
+        raw = _read_json(path / PREPROCESSOR) | raw
+    try:
+        labels = raw.get("id2label") or _numbered(raw.get("num_labels", 2))
+        if num_labels not in (None, len(labels)):
+            labels = _numbered(num_labels)
+        raw["labels"] = [labels[i] for i in sorted(labels, key=int)]
+        if dropout is not None:
+            raw |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+        return family, _fill(family.Config, raw)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
+
+
+def to_json(config: Any) -> dict[str, dict]:
+    """The JSON files that belong beside the weights, by name."""
+    model_type, family = next((t, f) for t, f in FAMILIES.items() if isinstance(config, f.Config))
+    files = family.files(config)
+    labels = files[CONFIG].pop("labels")
+    files[CONFIG] |= {
+        "model_type": model_type,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    return files
+
+
+def _numbered(count: int) -> dict[str, str]:
+    if count < 1:
+        raise ValueError(f"num_labels={count} is not positive")
+    return {str(i): f"LABEL_{i}" for i in range(count)}
+
+
+def _fill(cls: type, raw: dict) -> Any:
+    """Fills in a dataclass; keys it does not know are left out, all problems raised at once."""
+    values, problems = {}, []
+    for field in dataclasses.fields(cls):
+        if field.name not in raw:
+            if field.default is dataclasses.MISSING:
+                problems.append(f"{field.name} is missing")
+            continue
+        value = raw[field.name]
+        if field.type is tuple and isinstance(value, list):
+            value = tuple(value)
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not field.type:
+            problems.append(f"{field.name}={value!r} is not of type {field.type.__name__}")
+        values[field.name] = value
+    if problems:
+        raise ValueError(", ".join(problems))
+    return cls(**values)
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist: name a Hugging Face directory") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object: copy it again")
+    return content

@@ -1,0 +1,93 @@
+"""What a model family offers the rest of the library: pure functions over plain nested dicts.
+
+NNX modules *define* one part of a model (the embeddings, one layer, the head); this file turns such
+a definition into pure functions, and no module, variable or rng ever leaves `models/`. Modules hold
+no rng: a key enters at the call, so that vmapped clients cannot share a dropout mask by accident.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedgalore_jax.types import Array, Params
+
+
+class ModelFns(NamedTuple):
+    """A model as pure functions.
+
+    Attributes:
+      config: the family's frozen dataclass; hashable, so a `ModelFns` may be a static argument.
+      init: `init(key) -> params`, freshly drawn.
+      apply: `apply(params, inputs, *, key=None) -> logits [B, num_labels]` (float32 or wider).
+        `inputs` has Hugging Face's names. With a key it is training mode (dropout), with None it is
+        deterministic. Any kernel may be an `Adapted`. Products run in the dtype of the embeddings.
+    """
+
+    config: Any
+    init: Callable[[Array], Params]
+    apply: Callable[..., Array]
+
+
+class Transform(NamedTuple):
+    """How a Hugging Face tensor becomes one of our leaves, and back; written with array methods."""
+
+    load: Callable[[Any], Any]
+    save: Callable[[Any], Any]
+
+
+KEEP = Transform(lambda x: x, lambda x: x)
+TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)
+
+
+class Part(NamedTuple):
+    """One NNX module as pure functions.
+
+    Attributes:
+      init: `init(key) -> params` of the part.
+      bind: `bind(params)` gives the module with these values in its place, ready to be called.
+    """
+
+    init: Callable[[Array], Params]
+    bind: Callable[[Params], Callable[..., Array]]
+
+
+def part(make: Callable[..., nnx.Module]) -> Part:
+    """Splits the module that `make(rngs=...)` builds into `init` and `bind`."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    return Part(
+        init=lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)))),
+        bind=lambda params: nnx.merge(graphdef, params),
+    )
+
+
+def init_stack(layer: Part, key: Array, depth: int) -> Params:
+    """Parameters of `depth` layers, stacked: every leaf is `[depth, ...]`."""
+    return jax.vmap(layer.init)(jax.random.split(key, depth))
+
+
+def apply_stack(
+    layer: Part, params: Params, x: Array, *, key: Array | None = None, unroll: int | bool = 1
+) -> Array:
+    """Runs stacked layers one after another with a scan; the depth is that of `params`.
+
+    Args:
+      layer: the definition of one layer, called as `module(x, key=key)`.
+      params: as `init_stack` makes them; the scan slices every field of an `Adapted` as well.
+      x: `[B, L, D]`.
+      key: each layer gets its own, folded in by its number; None for all is deterministic.
+      unroll: as `jax.lax.scan` takes it; the tree of parameters is the same whatever it is.
+
+    Returns:
+      `[B, L, D]`.
+    """
+
+    def step(x, numbered):
+        number, weights = numbered
+        layer_key = None if key is None else jax.random.fold_in(key, number)
+        return layer.bind(weights)(x, key=layer_key), None
+
+    depth = jax.tree.leaves(params)[0].shape[0]
+    return jax.lax.scan(step, x, (jnp.arange(depth), params), unroll=unroll)[0]

@@ -1,0 +1,199 @@
+"""Vision Transformer for image classification, as Hugging Face's `ViTForImageClassification`.
+
+References:
+  Dosovitskiy et al., An Image is Worth 16x16 Words (2010.11929).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedgalore_jax.models import functional
+from fedgalore_jax.models.functional import KEEP, TRANSPOSE, ModelFns, Transform
+from fedgalore_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, dropout
+from fedgalore_jax.types import Array, Batch, Params
+
+PREFIX = "vit."
+HEAD = r"classifier/"
+IGNORED = r"vit\.pooler\."  # a bare ViTModel has one; classification reads the CLS token itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of Hugging Face's `ViTConfig` that the model needs, under their names.
+
+    `labels` holds the values of `id2label` in order; `image_mean` and `image_std` come from
+    `preprocessor_config.json`: pixels in [0, 1] enter the model as `(x - mean) / std`.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    image_mean: tuple = (0.5, 0.5, 0.5)
+    image_std: tuple = (0.5, 0.5, 0.5)
+    labels: tuple = ("LABEL_0", "LABEL_1")
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r}: use one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise ValueError(
+                "hidden_size must be a multiple of num_attention_heads, image_size of patch_size"
+            )
+
+
+class Embeddings(nnx.Module):
+    """Patches to tokens, with the CLS token in front and positions added.
+
+    Parameters: `projection` (a `Linear` of `[p * p * channels, D]`), `cls_token [1, 1, D]` and
+    `position_embeddings [1, L, D]`.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width, std, p = config.hidden_size, config.initializer_range, config.patch_size
+        tokens = (config.image_size // p) ** 2 + 1
+
+        def draw(*shape):
+            return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+        self.projection = Linear(p * p * config.num_channels, width, std=std, rngs=rngs)
+        self.cls_token, self.position_embeddings = draw(1, 1, width), draw(1, tokens, width)
+        self.config = config
+
+    def __call__(self, pixels: Array, *, key: Array | None = None) -> Array:
+        """`[B, height, width, channels]` to `[B, L, D]`."""
+        cls, positions = self.cls_token.get_value(), self.position_embeddings.get_value()
+        batch, height, width, channels = pixels.shape
+        p = self.config.patch_size
+        # A convolution whose stride is its size is a product over unfolded patches.
+        grid = pixels.astype(cls.dtype).reshape(batch, height // p, p, width // p, p, channels)
+        patches = grid.swapaxes(2, 3).reshape(batch, -1, p * p * channels)
+        cls = jnp.broadcast_to(cls, (batch, 1, cls.shape[-1]))
+        tokens = jnp.concatenate([cls, self.projection(patches)], axis=1)
+        return dropout(tokens + positions, self.config.hidden_dropout_prob, key)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer.
+
+    Parameters: `layernorm_before`, `attention`, `layernorm_after`, `intermediate [D, F]` and
+    `output [F, D]`.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width, std = config.hidden_size, config.initializer_range
+        norm = functools.partial(LayerNorm, width, eps=config.layer_norm_eps)
+        self.layernorm_before, self.layernorm_after = norm(), norm()
+        rate, bias = config.attention_probs_dropout_prob, config.qkv_bias
+        self.attention = Attention(
+            width, config.num_attention_heads, rate=rate, std=std, qkv_bias=bias, rngs=rngs
+        )
+        self.intermediate = Linear(width, config.intermediate_size, std=std, rngs=rngs)
+        self.output = Linear(config.intermediate_size, width, std=std, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: Array, *, key: Array | None = None) -> Array:
+        """`[B, L, D]` to the same shape."""
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        rate, act = self.config.hidden_dropout_prob, ACTIVATIONS[self.config.hidden_act]
+        y = self.attention(self.layernorm_before(x), key=keys[0])
+        x = x + dropout(y, rate, keys[1])
+        y = self.output(act(self.intermediate(self.layernorm_after(x))))
+        return x + dropout(y, rate, keys[2])
+
+
+def build(config: Config, *, unroll: int | bool = 4) -> ModelFns:
+    """The model of a configuration.
+
+    Args:
+      config: its sizes.
+      unroll: how many layers each turn of the scan over layers holds. No parameter's name or shape
+        depends on it; a small model, unrolled, runs a quarter faster on a CPU.
+
+    Returns:
+      `ModelFns` whose `apply` reads `inputs["pixel_values"] [B, image_size, image_size, channels]`,
+      and whose parameters are `embeddings`, `layers` (stacked), `layernorm` and `classifier`.
+    """
+    width, std, depth = config.hidden_size, config.initializer_range, config.num_hidden_layers
+    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (Embeddings, Layer))
+    norm = functional.part(functools.partial(LayerNorm, width, eps=config.layer_norm_eps))
+    head = functional.part(functools.partial(Linear, width, len(config.labels), std=std))
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, 4)
+        return {
+            "embeddings": embeddings.init(keys[0]),
+            "layers": functional.init_stack(layer, keys[1], depth),
+            "layernorm": norm.init(keys[2]),
+            "classifier": head.init(keys[3]),
+        }
+
+    def apply(params: Params, inputs: Batch, *, key: Array | None = None) -> Array:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = embeddings.bind(params["embeddings"])(inputs["pixel_values"], key=keys[0])
+        x = functional.apply_stack(layer, params["layers"], x, key=keys[1], unroll=unroll)
+        logits = head.bind(params["classifier"])(norm.bind(params["layernorm"])(x[:, 0]))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    return ModelFns(config, init, apply)
+
+
+def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
+    """Rows of our path (a regex), Hugging Face's name, and how a tensor changes in between."""
+    p, channels = config.patch_size, config.num_channels
+    unfold = Transform(
+        lambda conv: conv.transpose(2, 3, 1, 0).reshape(-1, conv.shape[0]),
+        lambda kernel: kernel.reshape(p, p, channels, -1).transpose(3, 2, 0, 1),
+    )
+    layer = "vit.encoder.layer.{layer}."
+    linears = (
+        (r"layers/attention/(query|key|value)", layer + r"attention.attention.\1"),
+        (r"layers/attention/output", layer + "attention.output.dense"),
+        (r"layers/(intermediate|output)", layer + r"\1.dense"),
+        (r"(classifier)", r"\1"),
+    )
+    norms = ((r"layers/(layernorm_\w+)", layer + r"\1"), (r"(layernorm)", r"vit.\1"))
+    return (
+        (r"embeddings/(cls_token|position_embeddings)", r"vit.embeddings.\1", KEEP),
+        (
+            r"embeddings/projection/kernel",
+            "vit.embeddings.patch_embeddings.projection.weight",
+            unfold,
+        ),
+        (r"embeddings/projection/bias", "vit.embeddings.patch_embeddings.projection.bias", KEEP),
+        *((f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE) for ours, theirs in linears),
+        *((f"{ours}/scale", f"{theirs}.weight", KEEP) for ours, theirs in norms),
+        *((f"{ours}/bias", f"{theirs}.bias", KEEP) for ours, theirs in linears + norms),
+    )
+
+
+def files(config: Config) -> dict[str, dict]:
+    """The JSON files beside the weights, by name; labels and the model type are added by `save`."""
+    fields = dataclasses.asdict(config)
+    mean, std = fields.pop("image_mean"), fields.pop("image_std")
+    return {
+        "config.json": fields | {"architectures": ["ViTForImageClassification"]},
+        "preprocessor_config.json": {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": config.image_size, "width": config.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": mean,
+            "image_std": std,
+        },
+    }
