@@ -15,6 +15,7 @@ _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
+    bool: flags.DEFINE_boolean,
 }
 _ELSEWHERE = ("method", "opt")
 

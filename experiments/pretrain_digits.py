@@ -1,18 +1,26 @@
 """Pre-trains the small ViT that the package ships, on digits rendered from fonts.
 
-python -m experiments.pretrain_digits [--out=DIRECTORY] [--steps=2500]
+    python -m experiments.pretrain_digits
+
+About three minutes on two idle cores; a seed gives the same file on the same machine. On new
+renders of the training fonts it is right 0.98 of the time, and 0.97 on fonts it never saw.
+
+It never trains on UCI's digits. The augmentation, though, was chosen by looking at the 1400 of them
+that `data/digits.py` trains and validates on: by matching the statistics of their ink and their
+width, and by the accuracy on them without any training there (0.88). The 397 test images played no
+part.
 """
 
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
 
 from experiments import rendered_digits
-from fedgalore_jax import models
+from fedgalore_jax import models, tree
+from fedgalore_jax.data import digits
 from fedgalore_jax.models import vit
 
 FLAGS = flags.FLAGS
@@ -49,10 +57,8 @@ def main(_):
     fns = vit.build(CONFIG)
     params = fns.init(jax.random.key(FLAGS.seed))
     schedule = optax.warmup_cosine_decay_schedule(0, PEAK, FLAGS.steps // 20, FLAGS.steps)
-    kernels = jax.tree.map(lambda x: x.ndim > 1, params)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=DECAY, mask=kernels)
-    )
+    kernels = tree.unflatten({path: path.endswith("kernel") for path in tree.flatten(params)})
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=DECAY, mask=kernels))
 
     def loss(params, pixels, labels):
         logits = fns.apply(params, {"pixel_values": pixels})
@@ -69,10 +75,11 @@ def main(_):
 
         return jax.lax.scan(step, carry, batches)
 
+    @jax.jit
     def accuracy(params, images, labels):
-        return float((jnp.argmax(jit_apply(params, {"pixel_values": images}), -1) == labels).mean())
+        logits = fns.apply(params, {"pixel_values": images})
+        return (logits.argmax(-1) == labels).mean()
 
-    jit_apply = jax.jit(fns.apply)
     rng, carry = np.random.default_rng(FLAGS.seed), (params, tx.init(params))
     for done in range(BLOCK, FLAGS.steps + 1, BLOCK):
         rows = rng.integers(0, FLAGS.images, (BLOCK, BATCH))
@@ -80,10 +87,16 @@ def main(_):
         if done % (5 * BLOCK) == 0:
             print(f"step {done} loss {losses.mean():.4f} {time.time() - start:.0f} s", flush=True)
 
-    params = carry[0]
-    for name in ("TRAIN_FONTS", "HELD_OUT_FONTS"):
-        new = rendered_digits.render(getattr(rendered_digits, name), 2000, FLAGS.seed + 1)
-        print(f"accuracy on new renders, {name}: {accuracy(params, new[0] * 2 - 1, new[1]):.4f}")
+    params, real = carry[0], digits.load()
+    for name, fonts in (
+        ("training fonts", rendered_digits.TRAIN_FONTS),
+        ("held-out fonts", rendered_digits.HELD_OUT_FONTS),
+    ):
+        images, labels = rendered_digits.render(fonts, 2000, FLAGS.seed + 1)
+        print(f"accuracy on new renders, {name}: {accuracy(params, images * 2 - 1, labels):.4f}")
+    for name, split in (("training", real.train), ("validation", real.validation)):
+        score = accuracy(params, split.inputs["pixel_values"], split.labels)
+        print(f"accuracy on UCI's {name} split, which it never trained on: {score:.4f}")
     models.save(FLAGS.out, fns, params)
     print(f"saved to {FLAGS.out} after {time.time() - start:.0f} s")
 

@@ -2,8 +2,8 @@
 
 UCI's digits are 32 x 32 bitmaps that fill the frame from top to bottom, their ink counted in blocks
 of 4 x 4 (Kaynak, 1995): 8 x 8 values in 0..16, here over 16. These are made likewise, from each
-glyph's signed distance field: warped at random (affine, then elastic), cropped to its ink, stretched
-to the frame, and cut at the level that leaves a random share of ink, which sets the stroke's width.
+glyph's signed distance field: warped at random (affine, then elastic), cropped to its ink,
+stretched to the frame, and cut at the level that leaves a random share of ink.
 """
 
 import functools

@@ -15,6 +15,7 @@ class Config:
     Attributes:
       task: what is learned, see `tasks.names()`.
       model: a model directory in Hugging Face's layout, or a model the package ships; the task's if None.
+      new_head: start with a new, random head even where the model's own would fit.
       method: a strategy, see `strategies.names()`.
       opt: the strategy's own options, `{"sync": "mean"}`.
       client_weights: "factored" or "dense", for the strategies that have both.
@@ -43,6 +44,7 @@ class Config:
 
     task: str = "digits"
     model: str | None = None
+    new_head: bool = True
     method: str = "fedgalore"
     opt: dict[str, Any] = field(default_factory=dict)
     client_weights: str | None = None

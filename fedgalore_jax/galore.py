@@ -144,12 +144,11 @@ def in_subspace(
     inner = optax.with_extra_args_support(inner)
 
     def down(plan, leaf, basis):
+        given = getattr(basis, "shape", None)  # a MaskedNode has none
+        if given != plan.basis:  # a wrong rank might broadcast in the inner state
+            raise ValueError(f"basis of shape {given} for {leaf.shape}, needs {plan.basis}: use find_basis")
         leaf = leaf.astype(_wide(leaf))
-        if not plan.side:
-            return leaf
-        if basis.shape != plan.basis:  # a wrong rank might broadcast in the inner state
-            raise ValueError(f"basis has shape {basis.shape}, needs {plan.basis}: use find_basis")
-        return project(leaf.reshape(plan.matrix), basis, plan.side)
+        return project(leaf.reshape(plan.matrix), basis, plan.side) if plan.side else leaf
 
     def up(plan, leaf, step, basis):
         if plan.side:
@@ -188,8 +187,8 @@ def scale_by_galore(
 
     Args:
       inner: the transform to run on coordinates, see `in_subspace`. A refresh keeps its state.
-      rank: r. A kernel with `r >= min(m, n)` stays unprojected, as nothing could be saved: full
-        rank is the inner transform exactly.
+      rank: r. A kernel whose projected side is no longer than r stays unprojected: full rank is the
+        inner transform exactly.
       refresh_every: updates 0, `refresh_every`, ... find the bases again, under one `lax.cond`.
       scale: the authors' alpha: multiplies the updates of projected kernels.
       finder: one of `lowrank.FINDERS`; 'svd' is the reference.
@@ -289,15 +288,15 @@ def _plans(params, rank, side, mask):
         if not isinstance(want, MatrixAxes | bool):
             raise TypeError(f"mask has a leaf {want!r}: use True, False or MatrixAxes")
         if want is False or (want is True and len(shape) < 2):
-            return SimpleNamespace(side=None)
+            return SimpleNamespace(side=None, basis=None)
         rows, columns = MatrixAxes() if want is True else want
         top, split = len(shape) - rows - columns, len(shape) - columns
         if min(rows, columns) < 1 or top < 0:
             raise ValueError(f"mask has {want} for a leaf of shape {shape}: count some of its axes")
         stack, m, n = shape[:top], math.prod(shape[top:split]), math.prod(shape[split:])
-        if rank >= min(m, n):
-            return SimpleNamespace(side=None)
         left = {"left": True, "right": False, "short": m <= n, "long": m >= n}[side]
+        if rank >= (m if left else n):
+            return SimpleNamespace(side=None, basis=None)
         shapes = ((m, n), (m, rank), (rank, n)) if left else ((m, n), (n, rank), (m, rank))
         matrix, basis, reduced = ((*stack, *shape) for shape in shapes)
         at = "left" if left else "right"
@@ -323,9 +322,7 @@ def _check(**arguments):
             if value not in choices[name]:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices[name])}")
         elif name in ("rank", "refresh_every", "seed") and type(value) is not int:
-            raise TypeError(
-                f"{name}={value!r}: pass a Python int (static_args, in inject_hyperparams)"
-            )
+            raise TypeError(f"{name}={value!r}: pass a Python int (static_args, in inject_hyperparams)")
         elif isinstance(value, int | float):
             low = 1 if name in ("rank", "refresh_every") else 0
             high = 1 if name in ("b1", "b2") else math.inf

@@ -5,7 +5,6 @@ policy: weights, clamp, fallback. Marks: [V] read in the source itself, [I] our 
 d rows of a block (the rank of a projected moment), n the shared axis, s the signal rank.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -45,13 +44,13 @@ def ajive(
     cut) explain, and every participant holds it above `(sigma_s + sigma_{s+1}) / 2` [V]. Unlike the
     reference [I], both cuts are closed forms (the edge of a free sum of projections; the ratio
     `sigma_{s+1} / sigma_s`, which bounds every resampled one and so is lenient), signals below
-    rounding are left out, and comparisons have a slack of 1e-4. Blocks are not centred.
+    rounding are left out, comparisons have a slack of 1e-4, and nothing is centred.
 
     Args:
       blocks: `[C, d, n]`; computed in float32, or float64 if given.
       signal_rank: s, in 1..min(d - 1, n); s <= d / 2 is advisable.
       joint_rank: None to decide by the cuts, or how many leading directions to take unfiltered, in
-        0..s (fewer where the participants' signals span fewer).
+        0..s (fewer where the signals span fewer; where clients agree, below s the choice is a tie).
       weights: `[C]`, a mask: positive takes part, all do if None. Nothing of the others is used.
 
     Returns:
@@ -62,13 +61,10 @@ def ajive(
 
     References:
       Feng et al., Angle-based joint and individual variation explained (1704.02060) [V].
-
-    >>> int(ajive(jnp.ones((2, 3, 8)), signal_rank=1).rank)
-    1
     """
     if blocks.ndim != 3:
         raise ValueError(f"blocks must be [C, d, n], not {list(blocks.shape)}: stack the clients")
-    clients, d, n = blocks.shape
+    clients, d, n, s = *blocks.shape, signal_rank
     if not 1 <= signal_rank <= min(d - 1, n):
         fit = f"1..{min(d - 1, n)}, which needs d >= 2 rows, for {d} x {n} blocks"
         raise ValueError(f"signal_rank={signal_rank} does not fit: choose from {fit}")
@@ -80,20 +76,18 @@ def ajive(
     unit = blocks / jnp.maximum(peak, jnp.finfo(peak.dtype).tiny)
     # Accelerators round float32 products to far fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
-        frames, sigma = _signal_frames(unit, signal_rank)
-        stacked = frames.reshape(clients * signal_rank, n)
+        frames, sigma = _signal_frames(unit, s)
+        stacked = frames.reshape(clients * s, n)
         values, mix = _eigh(stacked @ stacked.T)
-        spectrum = jnp.maximum(values[::-1][:signal_rank], 0)
+        spectrum = jnp.maximum(values[::-1][:s], 0)
         # Only values above 1 are ever judged joint, so the Gram matrix costs no accuracy here.
-        basis = stacked.T @ mix[:, ::-1][:, :signal_rank]
-        basis = basis / jnp.sqrt(jnp.maximum(spectrum, SLACK))[None]
+        basis = stacked.T @ mix[:, ::-1][:, :s] / jnp.sqrt(jnp.maximum(spectrum, SLACK))[None]
         if joint_rank is None:
-            threshold = (1 - SLACK) * (sigma[:, -2] + sigma[:, -1]) / 2
-            held = jnp.linalg.norm(unit @ basis, axis=1) >= threshold[:, None]
-            identifiable = jnp.all(held | ~present[:, None], axis=0)
-            kept = (spectrum > _cut(sigma, present, n)) & identifiable
+            threshold = (1 - SLACK) * jnp.mean(sigma[:, -2:], axis=1, keepdims=True)
+            held = (jnp.linalg.norm(unit @ basis, axis=1) >= threshold) | ~present[:, None]
+            kept = (spectrum > _cut(sigma, present, n)) & jnp.all(held, axis=0)
         else:
-            kept = (spectrum > SLACK) & (jnp.arange(signal_rank) < joint_rank)
+            kept = (spectrum > SLACK) & (jnp.arange(s) < joint_rank)
         basis = fix_signs(jnp.where(kept[None], basis, 0))
         joint = peak * ((unit @ basis) @ basis.T)
     return SharedSignal(joint, basis, jnp.sum(kept, dtype=jnp.int32), spectrum)
@@ -120,7 +114,7 @@ def synchronise(
       moments: `[C, ..., d, n]`, non-negative; middle axes are layers, each synced by itself.
       weights: `[C]`, summing to 1 over participants, 0 for the others.
       method: one of `METHODS`.
-      signal_rank: as in `ajive`; like `joint_rank`, unused by the other methods.
+      signal_rank: as in `ajive`; unused by the other methods, as is `joint_rank`.
       joint_rank: as in `ajive`.
       participation: `[C]`, a mask as in `ajive`; by default `weights > 0`.
       floor: at least 0.
@@ -139,8 +133,7 @@ def synchronise(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
     if moments.ndim < 3 or floor < 0:
-        shape = list(moments.shape)
-        raise ValueError(f"moments {shape} must be [C, ..., d, n], and floor={floor} at least 0")
+        raise ValueError(f"need moments [C, ..., d, n], floor >= 0: not {moments.shape}, {floor=}")
     clients, *layers, d, n = moments.shape
     mask = weights if participation is None else participation
     no_rank = jnp.full(layers, -1, jnp.int32)
@@ -154,9 +147,9 @@ def synchronise(
         mean = jnp.tensordot(jnp.asarray(weights, moments.dtype), moments, 1)
         if method == "mean":
             return mean, no_rank
-        options = dict(signal_rank=signal_rank, joint_rank=joint_rank, weights=present)
-        each = jax.vmap(functools.partial(ajive, **options), in_axes=1)
-        shared = each(moments.reshape(clients, -1, d, n))
+        shared = jax.vmap(
+            lambda blocks: ajive(blocks, signal_rank, joint_rank=joint_rank, weights=present), 1
+        )(moments.reshape(clients, -1, d, n))
         basis, rank = shared.basis.reshape(*layers, n, signal_rank), shared.rank.reshape(layers)
         joint = (mean @ basis) @ basis.mT
     clamped = jnp.maximum(joint, floor * jnp.mean(mean, axis=-2, keepdims=True))
@@ -184,7 +177,7 @@ def _signal_frames(blocks, s):
     outer = _whiten(_whiten(blocks, -jnp.inf), 8 * d * eps)
     corner = jnp.pad(outer @ blocks.mT, ((0, 0), (0, d), (d, 0)))
     values, vectors = jax.vmap(_eigh)(corner + corner.mT)
-    sigma = jnp.maximum(values[:, ::-1][:, : s + 1], 0)
+    sigma = values[:, ::-1][:, : s + 1]
     # What is below rounding is arbitrary, and may even be the same for all clients: not a signal.
     sigma = jnp.where(sigma > 8 * d * eps * sigma[:, :1], sigma, 0)
     inner = jnp.where(sigma[:, None, :s] > 0, vectors[:, :d, ::-1][:, :, :s], 0)
@@ -194,8 +187,7 @@ def _signal_frames(blocks, s):
 def _whiten(rows, negligible):
     """Orthonormal rows that span those of `[C, d, n]`; zero where the Gram matrix has nothing."""
     values, vectors = jax.vmap(_eigh)(rows @ rows.mT)
-    values, largest = values[:, :, None], values[:, -1:, None]
-    info = jnp.finfo(rows.dtype)
+    values, largest, info = values[:, :, None], values[:, -1:, None], jnp.finfo(rows.dtype)
     white = vectors.mT @ rows / jnp.sqrt(jnp.maximum(values, info.eps * largest + info.tiny))
     return jnp.where(values > negligible * largest, white, 0)
 

@@ -64,6 +64,7 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
     fns, params = models.load(
         model_path(config.model or task.model),
         num_labels=dataset.num_labels,
+        new_head=config.new_head,
         dropout=config.dropout,
         key=jax.random.fold_in(key, 0),
     )

@@ -31,8 +31,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
     family = FAMILIES.get(raw.get("model_type"))
     if family is None:
         raise ValueError(
-            f"{file}: model_type={raw.get('model_type')!r} is not supported: "
-            f"use one of {', '.join(FAMILIES)}"
+            f"{file}: model_type={raw.get('model_type')!r} is not supported: use one of {', '.join(FAMILIES)}"
         )
     if (path / PREPROCESSOR).exists():
         raw = _read_json(path / PREPROCESSOR) | raw
@@ -44,7 +43,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         if dropout is not None:
             raw |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
         return family, _fill(family.Config, raw)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
 
 

@@ -30,7 +30,9 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zeroes a share `rate` of `x` and scales up the rest; without a key, `x` as it is."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    # 16 random bits an element decide as well as the 32 of `bernoulli`, at half the cost.
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def _along(vector: Array, x: Array) -> Array:
@@ -108,9 +110,7 @@ class Attention(nnx.Module):
     Parameters: `query`, `key`, `value` and `output`, each a `Linear` of `[D, D]`.
     """
 
-    def __init__(
-        self, width: int, heads: int, *, rate: float, std: float, qkv_bias: bool, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, heads: int, *, rate: float, std: float, qkv_bias: bool, rngs: nnx.Rngs):
         linear = functools.partial(Linear, width, width, std=std, rngs=rngs)
         self.query, self.key, self.value = (linear(bias=qkv_bias) for _ in range(3))
         self.output = linear()

@@ -41,6 +41,7 @@ def load(
     path: str | os.PathLike,
     *,
     num_labels: int | None = None,
+    new_head: bool = False,
     dtype: Any = None,
     dropout: float | None = None,
     key: Array | None = None,
@@ -51,6 +52,7 @@ def load(
       path: a directory with `config.json` and `model.safetensors`.
       num_labels: the number of classes. Where the checkpoint's head has another size, or there is
         none, a new head is drawn (normal with `initializer_range`, zero bias) and that is logged.
+      new_head: draw a new head even where the checkpoint's would fit.
       dtype: of all parameters, and so of the products; None keeps what the file has.
       dropout: replaces both dropout probabilities of the configuration.
       key: for a new head; None is `jax.random.key(0)`.
@@ -70,11 +72,12 @@ def load(
     tensors = {name: x for name, x in tensors.items() if not re.match(family.IGNORED, name)}
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
-    fresh = num_labels is not None and any(
+    unfit = num_labels is not None and any(
         name not in tensors or tensors[name].shape != slot.shape for name, slot in head.items()
     )
-    if fresh:
+    if unfit:
         log.warning("%s has no head for %d labels: a new one is drawn", path, num_labels)
+    if fresh := new_head or unfit:
         slots, tensors = ({n: x for n, x in d.items() if n not in head} for d in (slots, tensors))
     if wrong := _mismatches(slots, tensors):
         raise ValueError(
@@ -131,7 +134,7 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
         new.mkdir()
         for name, content in configs.to_json(fns.config).items():
             (new / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        safetensors.numpy.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
         if not path.exists():
             new.rename(path)
             return

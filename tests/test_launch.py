@@ -1,0 +1,179 @@
+"""The command line: what a run leaves, what bad input gets, what Ctrl-C leaves."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.launch import main
+from fedgalore_jax import models, tasks, train
+from fedgalore_jax.config import Config
+from fedgalore_jax.metrics import classification
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = ["--rounds=2", "--local_steps=2", "--clients=4", "--cohort=3", "--chunk=2", "--rank=2"]
+
+
+def launch(*args: str) -> None:
+    main(["run.py", *args])
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One launch of three methods, and what it printed."""
+    import contextlib
+    import io
+
+    out, printed = tmp_path_factory.mktemp("runs") / "three", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        launch(*SMALL, "--method=fedgalore,fedavg,fedit", f"--out_dir={out}", "--dropout=0.1")
+    return out, printed.getvalue()
+
+
+def test_a_comparison_has_a_table_and_a_folder_per_method(compared):
+    out, printed = compared
+    table = printed.splitlines()[-3:]
+    assert {row.split()[0] for row in table} == {"fedgalore", "fedavg", "fedit"}
+    accuracies = [float(row.split()[1]) for row in table]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert set(json.loads((out / "summary.json").read_text())) == {"fedgalore", "fedavg", "fedit"}
+    for method in ("fedgalore", "fedavg", "fedit"):
+        files = {file.name for file in (out / method).iterdir()}
+        wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "model"}
+        assert files == wanted
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_metrics_have_a_line_per_round_and_round_zero(compared):
+    out, _ = compared
+    records = lines(out / "fedgalore" / "metrics.jsonl")
+    assert [record["round"] for record in records] == [0, 1, 2]
+    assert "train_loss" not in records[0] and 0 <= records[0]["accuracy"] <= 1
+    for record in records[1:]:
+        assert {"train_loss", "accuracy", "bytes_up", "bytes_down", "seconds"} <= set(record)
+        assert record["bytes_up"] > 0
+        ranks = [v for k, v in record.items() if k.startswith("joint_rank/")]
+        assert len(ranks) == 6 and all(len(rank) == 4 for rank in ranks)
+
+
+def test_the_same_split_and_start_for_every_method(compared):
+    out, _ = compared
+    starts = [lines(out / m / "metrics.jsonl")[0] for m in ("fedgalore", "fedavg", "fedit")]
+    assert starts[0] == starts[1] == starts[2]
+
+
+def test_the_saved_model_is_the_one_that_was_measured(compared):
+    out, _ = compared
+    fns, params = models.load(out / "fedgalore" / "model")
+    test = tasks.get("digits").load().test
+    logits = np.asarray(jax.jit(fns.apply)(params, test.inputs))
+    summary = json.loads((out / "fedgalore" / "summary.json").read_text())
+    measured = classification(logits, test.labels)
+    assert measured["accuracy"] == summary["final"]["accuracy"]
+    assert measured["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
+
+
+def test_a_used_folder_is_refused_and_left_alone(compared, capsys):
+    out, _ = compared
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        launch(*SMALL, f"--out_dir={out}")
+    assert stop.value.code == 2 and "is in use" in capsys.readouterr().err
+    assert before == {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+
+
+def test_runs_repeat_bit_for_bit_and_seeds_and_dropout_matter():
+    def run(**changes):
+        config = Config(rounds=2, local_steps=2, clients=3, rank=2, **changes)
+        result = train.run(config, say=lambda line: None)
+        records = [{k: v for k, v in r.items() if k != "seconds"} for r in result.history]
+        return records, jax.device_get(result.params)
+
+    first, second = run(dropout=0.2), run(dropout=0.2)
+    assert first[0] == second[0]
+    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
+    assert run(dropout=0.2, seed=1)[0] != first[0]
+    assert run()[0][1] != first[0][1]
+
+
+BAD = {
+    "--foo=1": "Unknown command line flag 'foo'",
+    "--rank=0": "rank=0",
+    "--rank=abc": "--rank=abc",
+    "--rank=64": "rank=64",
+    "--method=fedsgd": "unknown method 'fedsgd': choose from fedavg",
+    "--method=fedavg,fedavg": "name each method once",
+    "--task=mnist": "unknown task 'mnist': choose from digits",
+    "--opt=sync=max": "sync='max' is not one of",
+    "--opt=snyc=mean": "has no option 'snyc': its options are",
+    "--opt=sync": "opt='sync' is not name=value",
+    "--opt=fedit.lr=1": "fedit is not among",
+    "--opt=floor=low": "floor='low'",
+    "--lr=nan": "lr=nan",
+    "--lr=-1": "lr=-1.0",
+    "--clients=5000": "clients=5000 but there are only 1200",
+    "--cohort=11": "cohort=11",
+    "--alpha=0": "alpha=0.0",
+    "--partition=sorted": "partition='sorted' is not one of",
+    "--schedule=step": "schedule='step'",
+    "--dropout=1": "dropout=1.0",
+    "--adapt=layer[": "adapt=",
+    "--adapt=nowhere": "'nowhere' matches no parameter",
+    "--model=/nowhere": "/nowhere/config.json does not exist",
+    "--out_dir=/proc/nowhere": "/proc/nowhere",
+    "--flagfile=/nowhere": "/nowhere",
+    "stray": "unexpected argument 'stray'",
+}
+
+
+@pytest.mark.parametrize("arg", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(arg, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_Loop", None)  # nothing may get as far as compiling
+    args = [f"--out_dir={tmp_path / 'out'}", arg]
+    with pytest.raises(SystemExit) as stop:
+        launch(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert BAD[arg] in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(*SMALL, "--method=fedavg", "--lr=1e30", "--clip=0", f"--out_dir={tmp_path / 'out'}")
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "lower --lr" in error[-1]
+
+
+def test_list_names_everything(capsys):
+    launch("--list")
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("digits", "fedavg", "fedgalore", "sync=", "weight_decay"))
+
+
+def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "run.py", *SMALL, "--rounds=100000", f"--out_dir={out}"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("run.py: interrupted") and "Traceback" not in error
+    rounds = [record["round"] for record in lines(metrics)]
+    assert rounds == list(range(len(rounds)))
+    assert json.loads((out / "config.json").read_text())["rounds"] == 100000
+    assert not list(out.glob("*.partial"))

@@ -1,0 +1,155 @@
+"""Our ViT computes what torch's does, layer by layer, whatever its kernels and keys are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_vit import (
+    CLIENTS,
+    CONFIG,
+    KEY,
+    adapted,
+    close,
+    factors,
+    logits_of,
+    model,
+    pixels,
+    to_torch,
+    torch_model,
+)
+
+from fedgalore_jax import adapters, models
+from fedgalore_jax.models import functional, layers, vit
+from fedgalore_jax.types import Adapted
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu_new", "num_channels": 1}, {"qkv_bias": False}])
+def test_every_layer_matches_torch(tmp_path, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    fns, params = model(config)
+    models.save(tmp_path / "model", fns, params)
+    images = pixels(config=config)
+    theirs = torch_model(tmp_path / "model")(to_torch(images), output_hidden_states=True)
+
+    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (vit.Embeddings, vit.Layer))
+    x = jax.jit(lambda params: embeddings.bind(params)(images))(params["embeddings"])
+    close(x, theirs.hidden_states[0])
+    step = jax.jit(lambda params, x: layer.bind(params)(x))
+    for i in range(config.num_hidden_layers):
+        x = step(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
+        close(x, theirs.hidden_states[i + 1])
+    close(logits_of(fns, params, images), theirs.logits)
+
+
+def test_all_gradients_match_torch(tmp_path):
+    import torch
+
+    fns, params = model()
+    models.save(tmp_path / "model", fns, params)
+    theirs, labels = torch_model(tmp_path / "model"), np.arange(4)
+    torch.nn.functional.cross_entropy(theirs(to_torch(pixels())).logits, torch.tensor(labels)).backward()
+    for weight in theirs.parameters():
+        weight.data = weight.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    _, expected = models.load(tmp_path / "gradients")
+
+    def loss(params):
+        logits = fns.apply(params, {"pixel_values": pixels()})
+        return -jax.nn.log_softmax(logits)[labels, labels].mean()
+
+    jax.tree.map(close, jax.jit(jax.grad(loss))(params), expected)
+
+
+@pytest.mark.parametrize("parts", [2, 3])  # without and with a shrinking base
+def test_adapted_kernels_equal_merged_ones(parts):
+    fns, params = model()
+    slots = adapted(params, {path: f[:parts] for path, f in factors(params).items()})
+    merged = jax.tree.map(adapters.merge, slots, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    close(logits_of(fns, slots), logits_of(fns, merged))
+    assert jnp.abs(logits_of(fns, slots) - logits_of(fns, params)).max() > 0.1
+
+
+def operands(jaxpr):
+    """Shapes of all operands of products, in inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield from (v.aval.shape for v in eqn.invars)
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from operands(inner)
+
+
+@pytest.mark.parametrize("unroll", [1, True])
+def test_base_stays_one_product_under_vmap(unroll):
+    params, apply = model()[1], vit.build(CONFIG, unroll=unroll).apply
+
+    def loss(factors, params, images):
+        return jnp.square(apply(adapted(params, factors), {"pixel_values": images})).mean()
+
+    clients = jax.vmap(jax.grad(loss), in_axes=(0, None, 0))
+    mine, images = factors(params, (CLIENTS,)), jnp.stack([pixels(c) for c in range(CLIENTS)])
+    shapes = set(operands(jax.make_jaxpr(clients)(mine, params, images).jaxpr))
+    for kernel in ((12, 12), (12, 20), (20, 12)):
+        assert kernel in shapes
+        assert (CLIENTS, *kernel) not in shapes
+    together, alone = jax.jit(clients)(mine, params, images), jax.jit(jax.grad(loss))
+    for c in range(CLIENTS):
+        one = alone(jax.tree.map(lambda leaf, c=c: leaf[c], mine), params, images[c])
+        jax.tree.map(lambda row, leaf, c=c: close(row[c], leaf), together, one)
+
+
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+@pytest.mark.parametrize("rates", [RATES, RATES[:1], RATES[1:]])
+def test_dropout_follows_the_key_and_each_rate_counts(rates):
+    shallow = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    params = model(shallow)[1]
+    fns = vit.build(dataclasses.replace(shallow, **dict.fromkeys(rates, 0.2)), unroll=1)
+    dry = logits_of(model(shallow)[0], params)
+    keys = jax.random.split(KEY, CLIENTS)[jnp.array([0, 0, 1, 2])]
+    clients = jax.jit(jax.vmap(lambda key: fns.apply(params, {"pixel_values": pixels()}, key=key)))
+    first, same, *others = clients(keys)
+    np.testing.assert_array_equal(first, same)
+    everyone = [dry, first, *others]
+    for i, one in enumerate(everyone):
+        assert all(jnp.abs(one - other).max() > 1e-3 for other in everyone[:i])
+
+
+def test_without_a_key_dropout_is_off():
+    fns, params = model(dataclasses.replace(CONFIG, **dict.fromkeys(RATES, 0.2)))
+    close(logits_of(fns, params), logits_of(model()[0], params))
+
+
+def test_every_layer_has_its_own_mask():
+    class Binary(nnx.Module):
+        """Appends one random digit to every number."""
+
+        def __init__(self, *, rngs):
+            self.zero = nnx.Param(jnp.zeros(()))
+
+        def __call__(self, x, *, key):
+            return 2 * x + layers.dropout(jnp.ones(x.shape), 0.5, key) / 2 + self.zero.get_value()
+
+    layer = functional.part(Binary)
+    numbers = functional.apply_stack(
+        layer, functional.init_stack(layer, KEY, 4), jnp.zeros((1, 1, 64)), key=KEY
+    )
+    digits = np.asarray(numbers).astype(int).ravel()[:, None] >> np.arange(4) & 1
+    assert len(np.unique(digits, axis=1).T) == 4
+
+
+def test_dropout_keeps_the_mean():
+    kept = layers.dropout(jnp.ones(20_000), 0.25, KEY)
+    assert set(np.unique(kept).tolist()) == {0.0, np.float32(4 / 3).item()}
+    assert abs(kept.mean() - 1) < 0.02
+
+
+def test_unrolling_changes_no_number():
+    params = model()[1]
+    scanned, pairs, unrolled = (logits_of(vit.build(CONFIG, unroll=n), params) for n in (1, 2, True))
+    close(scanned, pairs)
+    close(scanned, unrolled)

@@ -1,0 +1,89 @@
+"""A ViT of three small layers whose every parameter matters, and its twin in torch."""
+
+import functools
+import importlib.resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedgalore_jax import tree
+from fedgalore_jax.models import vit
+from fedgalore_jax.types import Adapted
+
+CONFIG = vit.Config(
+    hidden_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=20,
+    image_size=6,
+    patch_size=2,
+    num_channels=3,
+    initializer_range=0.3,  # large enough that every layer matters
+    labels=("cat", "dog", "eel", "fox", "gnu"),
+)
+SHIPPED = importlib.resources.files("fedgalore_jax.models") / "digits_vit"
+KEY = jax.random.key(0)
+CLIENTS, BATCH, RANK = 3, 4, 2
+
+
+def pixels(seed=1, config=CONFIG):
+    shape = (BATCH, config.image_size, config.image_size, config.num_channels)
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@functools.cache
+def model(config=CONFIG):
+    """Scanned, not unrolled: it compiles sooner. Every leaf is moved: no bias is 0, no scale 1."""
+    fns, rng = vit.build(config, unroll=1), np.random.default_rng(2)
+    params = jax.jit(fns.init)(KEY)
+    return fns, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("f"), params)
+
+
+@functools.cache
+def forward(fns):
+    return jax.jit(lambda params, images, key: fns.apply(params, {"pixel_values": images}, key=key))
+
+
+def logits_of(fns, params, images=None, key=None):
+    return forward(fns)(params, pixels() if images is None else images, key)
+
+
+def factors(params, clients=()):
+    """Random factors for every kernel of every layer, `{path: (a, b, shrink)}`, clients in front."""
+    rng = np.random.default_rng(3)
+    drawn = {}
+    for path, kernel in tree.flatten(params).items():
+        if path.startswith("layers/") and path.endswith("kernel"):
+            depth, m, n = kernel.shape
+            shapes = (*clients, depth, m, RANK), (*clients, depth, RANK, n), (*clients, depth)
+            drawn[path] = tuple(jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for s in shapes)
+    return drawn
+
+
+def adapted(params, factors):
+    flat = tree.flatten(params)
+    return tree.unflatten(flat | {path: Adapted(flat[path], *parts) for path, parts in factors.items()})
+
+
+def close(ours, theirs, atol=1e-5):
+    theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else theirs
+    np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+
+
+def torch_model(path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    loaded, info = transformers.ViTForImageClassification.from_pretrained(
+        path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    return loaded.eval()
+
+
+def to_torch(images):
+    import torch
+
+    return torch.tensor(np.asarray(images).transpose(0, 3, 1, 2).copy())
