@@ -174,7 +174,7 @@ def _signal_frames(blocks, s):
     """
     d, eps = blocks.shape[1], jnp.finfo(blocks.dtype).eps
     # The first pass cannot judge what is below sqrt(eps): it only scales that, the second judges.
-    outer = _whiten(_whiten(blocks, -jnp.inf), 8 * d * eps)
+    outer = _whiten(_whiten(blocks, -1), 8 * d * eps)
     corner = jnp.pad(outer @ blocks.mT, ((0, 0), (0, d), (d, 0)))
     values, vectors = jax.vmap(_eigh)(corner + corner.mT)
     sigma = values[:, ::-1][:, : s + 1]

@@ -1,6 +1,7 @@
 """Layers that every transformer family here is made of. Kernels are in x out."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,18 @@ ACTIVATIONS = {
 """By Hugging Face's `hidden_act`."""
 
 
+def normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal numbers. Drawn flat, as in `dropout`: a CPU compiles that ten times sooner."""
+    return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+
+
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zeroes a share `rate` of `x` and scales up the rest; without a key, `x` as it is."""
     if key is None or rate == 0:
         return x
     # 16 random bits an element decide as well as the 32 of `bernoulli`, at half the cost.
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(keep, x / (1 - rate), 0)
+    bits = jax.random.bits(key, (x.size,), jnp.uint16).reshape(x.shape)
+    return jnp.where(bits >= round(rate * 2**16), x / (1 - rate), 0)
 
 
 def _along(vector: Array, x: Array) -> Array:
@@ -47,7 +53,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, m: int, n: int, *, std: float, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (m, n)))
+        self.kernel = nnx.Param(std * normal(rngs.params(), (m, n)))
         self.bias = nnx.Param(jnp.zeros(n)) if bias else None
 
     def __call__(self, x: Array) -> Array:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from fedgalore_jax.models import functional
 from fedgalore_jax.models.functional import KEEP, TRANSPOSE, ModelFns, Transform
-from fedgalore_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, dropout
+from fedgalore_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, dropout, normal
 from fedgalore_jax.types import Array, Batch, Params
 
 PREFIX = "vit."
@@ -66,11 +66,11 @@ class Embeddings(nnx.Module):
         width, std, p = config.hidden_size, config.initializer_range, config.patch_size
         tokens = (config.image_size // p) ** 2 + 1
 
-        def draw(*shape):
-            return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        def token(count):
+            return nnx.Param(std * normal(rngs.params(), (1, count, width)))
 
         self.projection = Linear(p * p * config.num_channels, width, std=std, rngs=rngs)
-        self.cls_token, self.position_embeddings = draw(1, 1, width), draw(1, tokens, width)
+        self.cls_token, self.position_embeddings = token(1), token(tokens)
         self.config = config
 
     def __call__(self, pixels: Array, *, key: Array | None = None) -> Array:
