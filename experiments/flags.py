@@ -30,11 +30,15 @@ def define(values: flags.FlagValues) -> None:
         (kind,) = [t for t in (get_args(types[field.name]) or (types[field.name],)) if t in _DEFINE]
         _DEFINE[kind](field.name, field.default, help_of[field.name], flag_values=values)
     flags.DEFINE_list(
-        "method", ["fedgalore"], "one strategy, or several (comma-separated) on the same split",
+        "method",
+        ["fedgalore"],
+        "one strategy, or several (comma-separated) on the same split",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "opt", [], "name=value, a strategy's own option; METHOD.name=value where several methods run",
+        "opt",
+        [],
+        "name=value, a strategy's own option; METHOD.name=value where several methods run",
         flag_values=values,
     )
     flags.DEFINE_boolean("list", False, "list tasks, methods and their options", flag_values=values)

@@ -38,7 +38,7 @@ TRAIN_FONTS = (
     "cmr10.ttf",
     "cmss10.ttf",
     "cmtt10.ttf",
-    *3 * ("pen-a", "pen-b"),
+    *3 * ("pen-a", "pen-b"),  # three times, to make up for there being only two
 )
 
 PEN = {
@@ -73,7 +73,7 @@ def render(fonts: tuple[str, ...], count: int, seed: int) -> tuple[np.ndarray, n
     """Renders digits in random fonts with strong augmentation.
 
     Args:
-      fonts: file names from `TRAIN_FONTS` or `HELD_OUT_FONTS`.
+      fonts: names from `TRAIN_FONTS` or `HELD_OUT_FONTS`; one that is there twice is drawn twice as often.
       count: how many images, n.
       seed: decides everything.
 
@@ -132,6 +132,7 @@ def _shape(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     source_x, source_y = source_x + _bend(n, rng), source_y + _bend(n, rng)
     warped = _sample(fields, source_y + GLYPH / 2 - 0.5, source_x + GLYPH / 2 - 0.5)
 
+    # The frame: filled by the ink from top to bottom, and in width nearly as the glyph's proportion.
     share, level, cuts = uniform(0.24, 0.36), np.zeros((n, 1, 1)), _cuts(n, rng)
     narrow, shift, tall = uniform(0.7, 1.0), uniform(-0.1, 0.1), uniform(1.0, 1.06)
     grid = (np.arange(FRAME) + 0.5) / FRAME * 2 - 1

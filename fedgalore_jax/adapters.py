@@ -1,7 +1,7 @@
 """Products with adapted kernels, and LoRA's initial factors.
 
-The base product stays un-batched when `vmap` maps over clients' factors only (DESIGN F3), so an adapter
-is never merged into its kernel inside a client; `merge` is for the server and for export.
+The base product stays un-batched when `vmap` maps over clients' factors only (docs/design.md, F3), so an
+adapter is never merged into its kernel inside a client; `merge` is for the server and for export.
 """
 
 import jax

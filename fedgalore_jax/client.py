@@ -26,7 +26,7 @@ def local_train(
     """Trains one client.
 
     The step counter comes from the scan and the round number, neither of which is batched over clients, so
-    that what hangs on it (a refresh, a schedule) stays a branch under `vmap` (DESIGN F1).
+    that what hangs on it (a refresh, a schedule) stays a branch under `vmap` (docs/design.md, F1).
 
     Args:
       strategy: the algorithm.

@@ -180,9 +180,7 @@ def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, n
 
     def cut(x):
         batches = -(-len(x) // batch_size)
-        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(
-            batches, batch_size, *x.shape[1:]
-        )
+        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(batches, batch_size, *x.shape[1:])
 
     return {name: cut(x) for name, x in inputs.items()}
 

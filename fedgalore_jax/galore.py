@@ -24,7 +24,7 @@ file, `lowrank.py` and `types.py` can be copied into any optax project.
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def find_basis(
     """
     _check(rank=rank, finder=finder, side=side)
     plans, treedef = jax.tree.flatten(_plans(grads, rank, side, mask))
-    olds = [None] * len(plans) if old is None else treedef.flatten_up_to(old)
+    olds: list[Any] = [None] * len(plans) if old is None else treedef.flatten_up_to(old)
     found, refused = [], jnp.int32(0)
     for i, (plan, grad, kept) in enumerate(zip(plans, jax.tree.leaves(grads), olds, strict=True)):
         basis, leaf_key = optax.MaskedNode(), jax.random.fold_in(key, i)
@@ -161,13 +161,13 @@ def in_subspace(
 
         return inner.init(jax.tree.map(start, _plans(params, rank, side, mask), params))
 
-    def update(grads, state, params=None, *, basis, **extra_args):
-        plans = _plans(grads, rank, side, mask)
-        reduced = jax.tree.map(down, plans, grads, basis)
+    def update(updates, state, params: Any = None, *, basis: Any = None, **extra_args):
+        plans = _plans(updates, rank, side, mask)
+        reduced = jax.tree.map(down, plans, updates, basis)
         if params is not None:  # compiled away where inner does not read them
             params = jax.tree.map(down, plans, params, basis)
         steps, state = inner.update(reduced, state, params, **extra_args)
-        return jax.tree.map(up, plans, grads, steps, basis), state
+        return jax.tree.map(up, plans, updates, steps, basis), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,12 +222,12 @@ def scale_by_galore(
         zero = jnp.int32(0)
         return GaLoreState(zero, refresh(0, params, None, "random")[0], zero, core.init(params))
 
-    def update(grads, state, params=None, **extra_args):
+    def update(updates, state: Any, params: Any = None, **extra_args):
         count, basis, rejected, inner_state = state
         due = count % refresh_every == 0
-        basis, refused = jax.lax.cond(due, refresh, keep, count, grads, basis)
-        updates, inner_state = core.update(grads, inner_state, params, basis=basis, **extra_args)
-        count = optax.safe_increment(count)
+        basis, refused = jax.lax.cond(due, refresh, keep, count, updates, basis)
+        updates, inner_state = core.update(updates, inner_state, params, basis=basis, **extra_args)
+        count = jnp.asarray(optax.safe_increment(count))
         return updates, GaLoreState(count, basis, rejected + refused, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -2,7 +2,7 @@
 
 optax's Adam has one counter for both moments and starts at zero. A federated client may be handed a
 second moment that has already seen many steps next to a first moment that starts afresh, so each keeps a
-count of its own. Counters and the global step are never batched over clients (DESIGN F1).
+count of its own. Counters and the global step are never batched over clients (docs/design.md, F1).
 """
 
 import re
@@ -33,9 +33,7 @@ class WarmAdamState(NamedTuple):
     nu: Tree
 
 
-def scale_by_warm_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
-) -> optax.GradientTransformation:
+def scale_by_warm_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> optax.GradientTransformation:
     """Adam whose two moments carry their own step counts.
 
     From a fresh state it is `optax.scale_by_adam(b1, b2, eps)` exactly. The default epsilon is larger than
@@ -50,7 +48,7 @@ def scale_by_warm_adam(
       A transformation whose state is a `WarmAdamState`.
 
     References:
-      Kingma & Ba, Adam (1412.6980); separate counts are ours [I], METHODS 2.
+      Kingma & Ba, Adam (1412.6980); separate counts are ours [I].
     """
 
     def init(params):
@@ -94,7 +92,7 @@ def adamw_tail(
     Args:
       lr: learning rate, or a schedule of the global `step`, which `update` takes as an extra argument.
       weight_decay: lambda. It applies to leaves named `kernel`, and to `shrink`, the factor of the frozen
-        kernels of the factored path (DESIGN F2); biases, norms and embeddings do not decay.
+        kernels of the factored path (docs/design.md, F2); biases, norms and embeddings do not decay.
       lr_ratio: ordered `(path regex, factor)`; the first match multiplies a leaf's learning rate.
 
     Returns:

@@ -156,7 +156,7 @@ def synchronise(
     return jnp.where((rank > 0)[..., None, None], clamped, mean), rank
 
 
-def _participants(rows, weights, absent=0):
+def _participants(rows, weights, absent=0.0):
     """Rows `[C, ...]` in float32 or wider with the absent ones blotted out, and the mask `[C]`."""
     present = jnp.asarray(weights) > 0
     if present.shape != rows.shape[:1]:

@@ -60,14 +60,7 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
     strategy = strategy_of(config, task.lr)
     dataset = task.load()
     federation = federate(config, dataset)
-    key = jax.random.key(config.seed)
-    fns, params = models.load(
-        model_path(config.model or task.model),
-        num_labels=dataset.num_labels,
-        new_head=config.new_head,
-        dropout=config.dropout,
-        key=jax.random.fold_in(key, 0),
-    )
+    fns, params = model(config, task, dataset)
     cohort = config.cohort or config.clients
     machine = engine.Engine(
         strategy,
@@ -78,7 +71,8 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
         config.local_steps,
         min(config.chunk or cohort, cohort),
     )
-    state = engine.init(strategy, params, jax.random.fold_in(key, 1), config.clients)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    state = engine.init(strategy, params, key, config.clients)
     out = claim(config.out_dir) if config.out_dir else None
     if out:
         write_json(out / "config.json", dataclasses.asdict(config))
@@ -250,6 +244,17 @@ def federate(config: Config, dataset: Dataset) -> FederatedData:
         dataset.train.labels, config.clients, kind=config.partition, alpha=config.alpha, rng=rng
     )
     return FederatedData(parts, config.seed)
+
+
+def model(config: Config, task: tasks.Task, dataset: Dataset) -> tuple[models.ModelFns, Params]:
+    """The model that a config names, with a head for the task."""
+    return models.load(
+        model_path(config.model or task.model),
+        num_labels=dataset.num_labels,
+        new_head=config.new_head,
+        dropout=config.dropout,
+        key=jax.random.fold_in(jax.random.key(config.seed), 0),
+    )
 
 
 def model_path(name: str) -> pathlib.Path:

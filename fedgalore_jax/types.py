@@ -54,7 +54,7 @@ class Adapted(NamedTuple):
     """A frozen kernel with a low-rank correction: the matrix `shrink * base + a @ b`.
 
     One slot serves every low-rank method: LoRA (a and b trained), FFA-LoRA (b trained) and GaLore
-    between two refreshes (one factor is the frozen orthonormal basis, DESIGN F2).
+    between two refreshes (one factor is the frozen orthonormal basis).
 
     Attributes:
       base: `[..., m, n]`, never batched over clients.

@@ -1,5 +1,10 @@
 """Shared by all tests. Everything runs on the CPU and in float32 unless a test asks for x64."""
 
+import os
+
+# Many small decompositions gain nothing from BLAS threads, and lose much to them on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pytest
 

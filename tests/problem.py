@@ -1,6 +1,6 @@
 """A federated problem small enough to be computed by hand: stacked linear layers, a bias, squared error.
 
-    prediction = sum_l x @ W_l + shift + bias        W [L, m, n] adapted, bias [n] trained, shift frozen
+prediction = sum_l x @ W_l + shift + bias        W [L, m, n] adapted, bias [n] trained, shift frozen
 """
 
 import jax
@@ -34,9 +34,7 @@ def samples(dtype=np.float32):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(sum(SIZES), m))
     truth = rng.normal(size=(N, m, n)) + 2 * rng.normal(size=(m, n))
-    y = np.concatenate(
-        [part @ w for part, w in zip(np.split(x, np.cumsum(SIZES)[:-1]), truth, strict=True)]
-    )
+    y = np.concatenate([part @ w for part, w in zip(np.split(x, np.cumsum(SIZES)[:-1]), truth, strict=True)])
     return {"x": x.astype(dtype), "labels": y.astype(dtype)}
 
 
@@ -85,13 +83,9 @@ def train_rounds(method, count=2, *, chunk=N, cohort=N, **options):
 
 
 def assert_close(a, b, atol):
-    for (path, x), (_, y) in zip(
-        jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True
-    ):
+    for (path, x), (_, y) in zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         x, y = np.asarray(x), np.asarray(y)
         assert x.shape == y.shape and x.dtype == y.dtype, jax.tree_util.keystr(path)
         np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
-
-

@@ -29,9 +29,7 @@ DOORS = {
     "PIL": {"experiments"},
 }
 ONLY_NUMPY = {"data", "metrics"}
-FILES = sorted(
-    [*ROOT.glob("fedgalore_jax/**/*.py"), *ROOT.glob("experiments/**/*.py"), ROOT / "run.py"]
-)
+FILES = sorted([*ROOT.glob("fedgalore_jax/**/*.py"), *ROOT.glob("experiments/**/*.py"), ROOT / "run.py"])
 
 
 def room(file: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""What every strategy must do, whatever it is. The full matrix: `pytest -m slow tests/test_conformance.py`."""
+"""What every strategy must do, whatever it is. The full matrix: `pytest -m slow`."""
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,7 @@ def test_a_round_leaves_the_types_of_the_state_alone(built, case):
     machine, rounds, state, ten = built(case)
     after, _ = rounds(state, machine.train, ten, 1)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-    assert [x.sharding for x in jax.tree.leaves(after)] == [
-        x.sharding for x in jax.tree.leaves(state)
-    ]
+    assert [x.sharding for x in jax.tree.leaves(after)] == [x.sharding for x in jax.tree.leaves(state)]
 
 
 @every

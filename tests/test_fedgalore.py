@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problem import K, L, N, OPTIONS, assert_close, m, n, params, plan, samples, setup, train_rounds
+from problem import OPTIONS, K, L, N, assert_close, loss, m, n, params, plan, samples, setup, train_rounds
 
 from fedgalore_jax import tree
 from fedgalore_jax.adapters import merge
@@ -14,7 +14,6 @@ from fedgalore_jax.lowrank import leading_subspace
 from fedgalore_jax.strategies import build
 from fedgalore_jax.strategies.fedgalore import transported
 from fedgalore_jax.types import LowRank
-from problem import loss
 
 EVERYTHING_ON = {
     "lr": optax.linear_schedule(0.05, 0.01, 4 * K),
@@ -111,9 +110,7 @@ def test_shared_bases_follow_the_seed_and_the_refresh():
         epoch = jax.random.fold_in(state.server.extra.seed, t // 2)
         matrix = machine.strategy.export(state.server)["layers"]["kernel"]
         key = jax.random.fold_in(epoch, 0)
-        np.testing.assert_array_equal(
-            seen[-1], leading_subspace(matrix, 3, finder="random", key=key)
-        )
+        np.testing.assert_array_equal(seen[-1], leading_subspace(matrix, 3, finder="random", key=key))
         state, _ = rounds(state, machine.train, plan(range(t, t + 1)), 1)
     np.testing.assert_array_equal(seen[0], seen[1])
     assert np.abs(seen[1] - seen[2]).max() > 0.1
@@ -157,9 +154,7 @@ def test_first_moment_is_rotated_into_the_new_basis():
     machine, rounds, state = setup("fedgalore", refresh_rounds=2, sync="mean")
     state, _ = rounds(state, machine.train, plan(range(1)), 1)
     before = state.server.extra
-    kept, _ = setup("fedgalore", refresh_rounds=9, sync="mean")[1](
-        state, machine.train, plan(range(1, 2)), 1
-    )
+    kept, _ = setup("fedgalore", refresh_rounds=9, sync="mean")[1](state, machine.train, plan(range(1, 2)), 1)
     turned, _ = rounds(state, machine.train, plan(range(1, 2)), 1)
     path = "layers/kernel"
     overlap = turned.server.extra.basis[path].mT @ before.basis[path]
@@ -191,9 +186,7 @@ def test_download_is_rebuilt_from_what_travelled():
         np.testing.assert_allclose(w, sent.frozen[path], atol=1e-6)
         bias = held.trainable["classifier/bias"] + wire["step"]["classifier/bias"]
         np.testing.assert_allclose(bias, sent.trainable["classifier/bias"], atol=1e-6)
-        np.testing.assert_array_equal(
-            _seeded(wire["seed"], (t + 1) // 2, w), sent.extra.basis[path]
-        )
+        np.testing.assert_array_equal(_seeded(wire["seed"], (t + 1) // 2, w), sent.extra.basis[path])
         assert_close(wire["nu"], sent.extra.adam.nu, 0)
         assert_close(wire["mu"], sent.extra.adam.mu, 0)
         held = sent
@@ -226,5 +219,3 @@ def test_rank_that_is_no_subspace():
     strategy = build("fedgalore", **(OPTIONS | {"rank": m}))
     with pytest.raises(ValueError, match="rank=6 is no subspace of the left side of layers/kernel"):
         strategy.init(params(), jax.random.key(0), N)
-
-

@@ -92,18 +92,40 @@ def test_a_used_folder_is_refused_and_left_alone(compared, capsys):
     assert before == {f: f.stat().st_mtime_ns for f in out.rglob("*")}
 
 
-def test_runs_repeat_bit_for_bit_and_seeds_and_dropout_matter():
-    def run(**changes):
-        config = Config(rounds=2, local_steps=2, clients=3, rank=2, **changes)
-        result = train.run(config, say=lambda line: None)
-        records = [{k: v for k, v in r.items() if k != "seconds"} for r in result.history]
-        return records, jax.device_get(result.params)
+def test_runs_repeat_bit_for_bit_and_dropout_matters(compared):
+    """Also: the flags of the command line and the fields of `Config` mean the same."""
+    out, _ = compared
+    shape = {"rounds": 2, "local_steps": 2, "clients": 4, "cohort": 3, "chunk": 2, "rank": 2}
 
-    first, second = run(dropout=0.2), run(dropout=0.2)
-    assert first[0] == second[0]
-    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
-    assert run(dropout=0.2, seed=1)[0] != first[0]
-    assert run()[0][1] != first[0][1]
+    def run(**changes):
+        result = train.run(Config(method="fedit", **shape, **changes), say=lambda line: None)
+        return [without_seconds(record) for record in result.history], result.params
+
+    again, params = run(dropout=0.1)
+    assert again == [without_seconds(r) for r in lines(out / "fedit" / "metrics.jsonl")]
+    _, saved = models.load(out / "fedit" / "model")
+    jax.tree.map(np.testing.assert_array_equal, params, saved)
+    assert run()[0][1]["train_loss"] != again[1]["train_loss"]
+
+
+def without_seconds(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def test_the_seed_decides_the_split_and_the_head():
+    def start(seed):
+        config = Config(seed=seed)
+        task = tasks.get(config.task)
+        data = task.load()
+        return train.federate(config, data).parts[0], train.model(config, task, data)[1]
+
+    (part, params), (same_part, same), (other_part, other) = start(0), start(0), start(1)
+    np.testing.assert_array_equal(part, same_part)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert not np.array_equal(part, other_part)
+    head, other_head = (p["classifier"]["kernel"] for p in (params, other))
+    assert np.abs(head - other_head).max() > 1e-3
+    assert np.array_equal(params["layernorm"]["scale"], other["layernorm"]["scale"])
 
 
 BAD = {

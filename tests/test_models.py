@@ -73,6 +73,19 @@ def test_adapted_kernels_equal_merged_ones(parts):
     assert jnp.abs(logits_of(fns, slots) - logits_of(fns, params)).max() > 0.1
 
 
+def test_clients_see_their_own_adapters():
+    fns, params = model()
+    mine, images = factors(params, (CLIENTS,)), jnp.stack([pixels(c) for c in range(CLIENTS)])
+
+    def client(factors, images):
+        return fns.apply(adapted(params, factors), {"pixel_values": images})
+
+    together = jax.jit(jax.vmap(client))(mine, images)
+    for c in range(CLIENTS):
+        slots = adapted(params, jax.tree.map(lambda leaf, c=c: leaf[c], mine))
+        close(together[c], logits_of(fns, slots, images[c]))
+
+
 def operands(jaxpr):
     """Shapes of all operands of products, in inner jaxprs too."""
     for eqn in jaxpr.eqns:
@@ -95,10 +108,12 @@ def test_base_stays_one_product_under_vmap(unroll):
     for kernel in ((12, 12), (12, 20), (20, 12)):
         assert kernel in shapes
         assert (CLIENTS, *kernel) not in shapes
-    together, alone = jax.jit(clients)(mine, params, images), jax.jit(jax.grad(loss))
-    for c in range(CLIENTS):
-        one = alone(jax.tree.map(lambda leaf, c=c: leaf[c], mine), params, images[c])
-        jax.tree.map(lambda row, leaf, c=c: close(row[c], leaf), together, one)
+
+
+def test_images_of_another_size_are_refused():
+    fns, params = model()
+    with pytest.raises(ValueError, match=r"\(4, 8, 8, 3\) are not \[B, 6, 6, 3\]"):
+        fns.apply(params, {"pixel_values": jnp.zeros((4, 8, 8, 3))})
 
 
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import B, K, L, N, params, plan, samples, setup
+from problem import B, K, L, N, gradients, m, n, params, plan, samples, setup
 
 from fedgalore_jax.optimizer import adam_state
-from problem import gradients, m, n
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -47,9 +46,7 @@ def client_batches(t):
     for c in range(N):
         keep = rows.weight[0, c] > 0
         batches = [rows.samples[0, c, k][keep] for k in range(K)]
-        yield rows.counts[0, c] / rows.counts[0].sum(), [
-            (data["x"][b], data["labels"][b]) for b in batches
-        ]
+        yield rows.counts[0, c] / rows.counts[0].sum(), [(data["x"][b], data["labels"][b]) for b in batches]
 
 
 def run(method, count, **options):
@@ -85,7 +82,7 @@ def test_fedavg():
 
 
 def test_fedit_averages_the_factors_separately():
-    _, rounds, state = setup("fedit", **OPTIONS)
+    _, _, state = setup("fedit", **OPTIONS)
     a, b = (np.asarray(x) for x in state.server.trainable["layers/kernel"])
     w, bias, shift = start()
     s = 2.0

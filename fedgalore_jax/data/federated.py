@@ -40,9 +40,7 @@ class FederatedData(NamedTuple):
     parts: list[np.ndarray]
     seed: int
 
-    def plan(
-        self, rounds: range, cohort: int, steps: int, batch_size: int, multiple_of: int = 1
-    ) -> Plan:
+    def plan(self, rounds: range, cohort: int, steps: int, batch_size: int, multiple_of: int = 1) -> Plan:
         """Draws cohorts and batches.
 
         A cohort is drawn uniformly without replacement; aggregation then weighs by sample counts. Each

@@ -28,7 +28,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         raise ValueError(f"dropout={dropout} is not in [0, 1)")
     file = path / CONFIG
     raw = _read_json(file)
-    family = FAMILIES.get(raw.get("model_type"))
+    family = FAMILIES.get(raw.get("model_type", ""))
     if family is None:
         raise ValueError(
             f"{file}: model_type={raw.get('model_type')!r} is not supported: use one of {', '.join(FAMILIES)}"
@@ -80,7 +80,9 @@ def _fill(cls: type, raw: dict) -> Any:
         if field.type is float and type(value) is int:
             value = float(value)
         if type(value) is not field.type:
-            problems.append(f"{field.name}={value!r} is not of type {field.type.__name__}")
+            problems.append(
+                f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}"
+            )
         values[field.name] = value
     if problems:
         raise ValueError(", ".join(problems))

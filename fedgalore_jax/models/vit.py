@@ -74,12 +74,14 @@ class Embeddings(nnx.Module):
         self.config = config
 
     def __call__(self, pixels: Array, *, key: Array | None = None) -> Array:
-        """`[B, height, width, channels]` to `[B, L, D]`."""
+        """`[B, image_size, image_size, channels]` to `[B, L, D]`."""
         cls, positions = self.cls_token.get_value(), self.position_embeddings.get_value()
-        batch, height, width, channels = pixels.shape
-        p = self.config.patch_size
+        batch, *image = pixels.shape
+        size, p, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
+        if image != [size, size, channels]:
+            raise ValueError(f"pixel_values {pixels.shape} are not [B, {size}, {size}, {channels}]")
         # A convolution whose stride is its size is a product over unfolded patches.
-        grid = pixels.astype(cls.dtype).reshape(batch, height // p, p, width // p, p, channels)
+        grid = pixels.astype(cls.dtype).reshape(batch, size // p, p, size // p, p, channels)
         patches = grid.swapaxes(2, 3).reshape(batch, -1, p * p * channels)
         cls = jnp.broadcast_to(cls, (batch, 1, cls.shape[-1]))
         tokens = jnp.concatenate([cls, self.projection(patches)], axis=1)
@@ -158,7 +160,7 @@ def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
         lambda conv: conv.transpose(2, 3, 1, 0).reshape(-1, conv.shape[0]),
         lambda kernel: kernel.reshape(p, p, channels, -1).transpose(3, 2, 0, 1),
     )
-    layer = "vit.encoder.layer.{layer}."
+    layer, patches = "vit.encoder.layer.{layer}.", "vit.embeddings.patch_embeddings.projection."
     linears = (
         (r"layers/attention/(query|key|value)", layer + r"attention.attention.\1"),
         (r"layers/attention/output", layer + "attention.output.dense"),
@@ -168,12 +170,8 @@ def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
     norms = ((r"layers/(layernorm_\w+)", layer + r"\1"), (r"(layernorm)", r"vit.\1"))
     return (
         (r"embeddings/(cls_token|position_embeddings)", r"vit.embeddings.\1", KEEP),
-        (
-            r"embeddings/projection/kernel",
-            "vit.embeddings.patch_embeddings.projection.weight",
-            unfold,
-        ),
-        (r"embeddings/projection/bias", "vit.embeddings.patch_embeddings.projection.bias", KEEP),
+        (r"embeddings/projection/kernel", patches + "weight", unfold),
+        (r"embeddings/projection/bias", patches + "bias", KEEP),
         *((f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE) for ours, theirs in linears),
         *((f"{ours}/scale", f"{theirs}.weight", KEEP) for ours, theirs in norms),
         *((f"{ours}/bias", f"{theirs}.bias", KEEP) for ours, theirs in linears + norms),

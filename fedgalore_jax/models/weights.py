@@ -78,7 +78,8 @@ def load(
     if unfit:
         log.warning("%s has no head for %d labels: a new one is drawn", path, num_labels)
     if fresh := new_head or unfit:
-        slots, tensors = ({n: x for n, x in d.items() if n not in head} for d in (slots, tensors))
+        slots = {name: slot for name, slot in slots.items() if name not in head}
+        tensors = {name: x for name, x in tensors.items() if name not in head}
     if wrong := _mismatches(slots, tensors):
         raise ValueError(
             f"{path / WEIGHTS} does not fit {configs.CONFIG}: {'; '.join(wrong)}: use the "
@@ -151,7 +152,7 @@ def _slots(family: Any, fns: ModelFns) -> dict[str, Slot]:
     slots = {}
     for path, leaf in _shapes(fns).items():
         rows = ((re.fullmatch(ours, path), *row) for ours, *row in family.table(fns.config))
-        match, theirs, transform = next(row for row in rows if row[0])
+        match, theirs, transform = next((match, *row) for match, *row in rows if match)
         stacked = "{layer}" in theirs
         one = jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype)
         shape = jax.eval_shape(transform.save, one).shape

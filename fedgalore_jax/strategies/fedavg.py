@@ -1,6 +1,6 @@
 """FedAvg: clients train weights in full with AdamW, the server averages them.
 
-McMahan et al., 1602.05629; AdamW clients as METHODS 3 [M].
+McMahan et al., 1602.05629; AdamW clients [M].
 
 Ledger (m x n kernel, floats per client and round)
   trained         adapt and train leaves, in full
@@ -109,6 +109,4 @@ def fedavg(common: Common, *, moments: str = "reset", server_lr: float = 1.0) ->
             return download.trainable
         return download.trainable, download.extra.mu, download.extra.nu
 
-    return Strategy(
-        init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down
-    )
+    return Strategy(init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down)

@@ -2,7 +2,8 @@
 
 arXiv 2602.01746. What the paper fixes is known to us from its abstract [V]: GaLore-style clients, and a
 server that aligns *projected second moments* by spectral shared-signal extraction (AJIVE [V2]). Every
-other choice below is our reading, a named option, marked [I] in METHODS 1-2.
+other choice below is our reading, a named option, explained in
+docs/design.md [I].
 
 Ledger (m x n kernel projected on the left, floats per client and round; nu is the second moment)
   trained         Z [r, n] of every adapt kernel, W = c W0 + P Z; train leaves in full
@@ -70,7 +71,7 @@ def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
     """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
 
     Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
-    hence the normalisation by row [I] (METHODS 2; the unnormalised rule is LDAdam's [V]).
+    hence the normalisation by row [I] (the unnormalised rule is LDAdam's [V]).
     """
     if how == "keep":
         return moment
@@ -101,7 +102,7 @@ def fedgalore(
     Args:
       common: options shared by all strategies; `common.rank` is r.
       client_weights: "factored" trains Z next to the frozen kernel; "dense" trains full weights through
-        `galore.in_subspace`. The numbers are the same (DESIGN F2); factored needs no m x n per client.
+        `galore.in_subspace`. The numbers are the same (docs/design.md, F2); factored clients hold no m x n.
       basis: "shared" (from a seed; costs no upload), "server" (half from the last mean change of the
         weights, half random so that it can leave its span), "own" (each client's first gradients).
       refresh_rounds: rounds a basis is kept; 5 by default. Own bases are new every round (1).
@@ -146,6 +147,8 @@ def fedgalore(
     for name, value in (("refresh_rounds", refresh_rounds), ("basis_batches", basis_batches)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if basis == "server" and common.rank < 2:
+        raise ValueError(f"rank={common.rank}: a server basis has learned and random columns, give >= 2")
     if own and refresh_rounds != 1:
         raise ValueError(f"refresh_rounds={refresh_rounds}: own bases are new every round, give 1")
     if own and transport == "squared_overlap":
@@ -293,8 +296,7 @@ def fedgalore(
             kept = subspaces(change, key, "subspace", common.rank - common.rank // 2)
             fresh = subspaces(change, jax.random.fold_in(key, 0), "random", common.rank // 2)
             bases = {
-                path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key)
-                for path, p in kept.items()
+                path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()
             }
         if sync == "none":
             return extra._replace(basis=bases)
@@ -302,7 +304,7 @@ def fedgalore(
         for path in change:
             old, new = (None, None) if own else (extra.basis[path], bases[path])
             nu[path] = left(transported(left(nu[path]), old, new, transport))
-            if new is not None:
+            if old is not None and new is not None:
                 mu[path] = left(jnp.swapaxes(new, -1, -2) @ (old @ left(mu[path])))
         return extra._replace(basis=bases, adam=adam._replace(mu=mu, nu=nu))
 
@@ -347,6 +349,4 @@ def fedgalore(
                 sent["mu"] = {k: v for k, v in adam.mu.items() if not (own and adapted(k))}
         return sent
 
-    return Strategy(
-        init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down
-    )
+    return Strategy(init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down)

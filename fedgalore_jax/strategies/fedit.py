@@ -1,6 +1,6 @@
 """FedIT: federated LoRA; the server averages A and B separately.
 
-Zhang et al., 2305.05644; the averaging rule [M, V2 in several repositories] (METHODS 4). Note that the
+Zhang et al., 2305.05644; the averaging rule [M, V2 in several repositories]. Note that the
 product of the means is not the mean of the products: that bias is what other methods set out to remove.
 
 Ledger (m x n kernel, floats per client and round)
@@ -54,9 +54,7 @@ def fedit(common: Common) -> Strategy:
         del num_clients
         adapt, train, freeze = common.split(tree.flatten(params))
         factors = {
-            path: lora_factors(
-                jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype
-            )
+            path: lora_factors(jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype)
             for i, (path, kernel) in enumerate(adapt.items())
         }
         return FedITState(factors | train, freeze | adapt, jnp.zeros((), jnp.int32))

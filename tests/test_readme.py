@@ -1,0 +1,64 @@
+"""The README's Python runs, and what it names exists."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from problem import OPTIONS, K, N, apply, loss, params, plan, samples
+
+from experiments import flags as our_flags
+from fedgalore_jax import engine, strategies
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_a_new_method_is_as_short_as_it_says():
+    (block,) = [block for block in BLOCKS if "def fedavgm" in block]
+    assert len(block.splitlines()) <= 33
+    names: dict = {}
+    exec(block, names)
+    common = strategies.Common(**OPTIONS)
+    out = {}
+    for beta in (0.0, 0.9):
+        strategy = names["fedavgm"](common, beta=beta)
+        train = {name: jnp.asarray(x) for name, x in samples().items()}
+        machine = engine.Engine(strategy, loss, apply, train, N, K, N)
+        state = engine.init(strategy, params(), jax.random.key(0), N)
+        state, _ = machine.compile()[0](state, train, plan(range(2)), 2)
+        out[beta] = strategy.export(state.server)["layers"]["kernel"]
+    plain = strategies.build("fedavg", **OPTIONS)
+    state = engine.init(plain, params(), jax.random.key(0), N)
+    machine = machine._replace(strategy=plain)
+    state, _ = machine.compile()[0](state, train, plan(range(2)), 2)
+    np.testing.assert_allclose(out[0.0], plain.export(state.server)["layers"]["kernel"], atol=1e-6)
+    assert np.abs(out[0.9] - out[0.0]).max() > 1e-2
+
+
+def test_the_transform_and_the_extraction_as_shown():
+    lift, extract = (next(b for b in BLOCKS if word in b) for word in ("import galore", "import ajive"))
+    weights = {"kernel": jnp.ones((32, 16))}
+    names = {"params": weights, "grads": {"kernel": jnp.full((32, 16), 0.5)}}
+    exec(lift, names)
+    assert names["updates"]["kernel"].shape == (32, 16)
+    blocks = jnp.tile(jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 20))), (5, 1, 1))
+    names = {"blocks": blocks.astype(jnp.float32), "participation": jnp.ones(5)}
+    exec(extract, names)
+    assert names["signal"].joint.shape == (5, 8, 20) and int(names["signal"].rank) == 4
+
+
+def test_flags_files_and_methods_it_names_exist():
+    from absl import flags
+
+    values = flags.FlagValues()
+    our_flags.define(values)
+    for line in re.findall(r"run\.py (--.*)", README):
+        for flag in re.findall(r"--(\w+)", line):
+            assert flag in values or flag == "flagfile", flag
+    for file in re.findall(r"--flagfile=(\S+)", README):
+        assert (ROOT / file).exists(), file
+    table = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert sorted(table) == list(strategies.names())
