@@ -48,7 +48,7 @@ class Config:
     method: str = "fedgalore"
     opt: dict[str, Any] = field(default_factory=dict)
     client_weights: str | None = None
-    rounds: int = 40
+    rounds: int = 30
     clients: int = 10
     cohort: int | None = None
     local_steps: int = 20

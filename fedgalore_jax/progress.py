@@ -12,12 +12,12 @@ class Progress:
 
     Args:
       total: rounds in all.
-      stream: where to write.
+      stream: where to write; stderr if None.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr):
-        self.total, self.stream = total, stream
-        self.live = stream.isatty()
+    def __init__(self, total: int, stream: TextIO | None = None):
+        self.total, self.stream = total, stream or sys.stderr
+        self.live = self.stream.isatty()
         self.began = time.monotonic()
         self.said, self.width = 0, 0
 

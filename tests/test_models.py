@@ -110,6 +110,13 @@ def test_base_stays_one_product_under_vmap(unroll):
         assert (CLIENTS, *kernel) not in shapes
 
 
+def test_double_precision_stays_double(x64):
+    fns, params = model()
+    wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+    images = jnp.asarray(pixels(), jnp.float64)
+    assert "f32" not in str(jax.make_jaxpr(fns.apply)(wide, {"pixel_values": images}))
+
+
 def test_images_of_another_size_are_refused():
     fns, params = model()
     with pytest.raises(ValueError, match=r"\(4, 8, 8, 3\) are not \[B, 6, 6, 3\]"):
