@@ -70,6 +70,19 @@ def resolve(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> dict[str,
     return decided
 
 
+def by_shape(flat: Flat) -> list[list[str]]:
+    """Groups paths whose leaves have one shape and dtype, so that they can be stacked and go through a
+    decomposition together: a program then compiles it once per shape, not once per leaf.
+
+    >>> by_shape({"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.zeros(2)})
+    [['a', 'c'], ['b']]
+    """
+    groups: dict[tuple, list[str]] = {}
+    for path, leaf in flat.items():
+        groups.setdefault((leaf.shape, leaf.dtype), []).append(path)
+    return list(groups.values())
+
+
 def nbytes(tree: Tree) -> int:
     """Bytes of all leaves; arrays and `ShapeDtypeStruct`s alike, typed PRNG keys by their data."""
 

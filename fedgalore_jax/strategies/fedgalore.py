@@ -26,7 +26,7 @@ import optax
 from fedgalore_jax import tree
 from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import in_subspace
-from fedgalore_jax.lowrank import FINDERS, leading_subspace, orthonormalise
+from fedgalore_jax.lowrank import FINDERS, leading_subspace, orthonormalise, random_basis
 from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
 from fedgalore_jax.shared_signal import METHODS, synchronise
 from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
@@ -174,6 +174,16 @@ def fedgalore(
             for i, (path, w) in enumerate(matrices.items())
         }
 
+    def random_bases(matrices: Flat, key: Array, rank: int) -> Flat:
+        """A function of key and shapes alone: one draw for all bases of one shape."""
+        columns, bases = {path: left(w)[..., 0] for path, w in matrices.items()}, {}
+        for i, paths in enumerate(tree.by_shape(columns)):
+            like = columns[paths[0]]
+            shape = (len(paths), *like.shape)
+            drawn = random_basis(jax.random.fold_in(key, i), shape, rank, like.dtype)
+            bases |= dict(zip(paths, drawn, strict=True))
+        return bases
+
     def tx_dense():
         def mask(trainable):
             return {path: adapted(path) for path in trainable}
@@ -211,7 +221,7 @@ def fedgalore(
         trainable = starting(adapt, train)
         adam = () if sync == "none" else adam_state(tx.init(trainable))
         step = () if own or dense else jax.tree.map(jnp.zeros_like, trainable)
-        bases = () if own else subspaces(adapt, jax.random.fold_in(key, 0), "random", common.rank)
+        bases = () if own else random_bases(adapt, jax.random.fold_in(key, 0), common.rank)
         return FedGaLoreState(flat, Extra(adam, bases, step, key), jnp.zeros((), jnp.int32))
 
     def broadcast(state):
@@ -269,19 +279,19 @@ def fedgalore(
         return Upload(mean=mean, stack=stack), client_state
 
     def synchronised(adam: WarmAdamState, upload, cohort):
-        nu, ranks = dict(upload.mean["nu"]), {}
-        for path, rows in upload.stack.items() if upload.stack else ():
-            nu[path], rank = synchronise(
-                left(rows),
+        nu, ranks, rows = dict(upload.mean["nu"]), {}, dict(upload.stack or {})
+        for paths in tree.by_shape(rows):
+            synced, rank = synchronise(
+                left(jnp.stack([rows[path] for path in paths], 1)),
                 cohort.weights,
                 method=sync,
                 signal_rank=signal_rank,
                 joint_rank=joint_rank,
                 floor=floor,
             )
-            nu[path] = left(nu[path])
+            nu |= dict(zip(paths, left(synced), strict=True))
             if sync == "ajive":
-                ranks[f"joint_rank/{path}"] = rank
+                ranks |= {f"joint_rank/{path}": rank[i] for i, path in enumerate(paths)}
         count = adam.count_v + cohort.steps
         mu = jax.tree.map(jnp.zeros_like, adam.mu) | (upload.mean["mu"] if sync_first else {})
         return WarmAdamState(count if sync_first else adam.count_m, count, mu, nu), ranks
@@ -291,10 +301,10 @@ def fedgalore(
         key, adam = jax.random.fold_in(extra.seed, done // refresh_rounds), extra.adam
         bases: Any = ()
         if basis == "shared":
-            bases = subspaces(change, key, "random", common.rank)
+            bases = random_bases(change, key, common.rank)
         if basis == "server":
             kept = subspaces(change, key, "subspace", common.rank - common.rank // 2)
-            fresh = subspaces(change, jax.random.fold_in(key, 0), "random", common.rank // 2)
+            fresh = random_bases(change, jax.random.fold_in(key, len(change)), common.rank // 2)
             bases = {
                 path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()
             }
