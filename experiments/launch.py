@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import pathlib
 import sys
+from collections.abc import Callable
 
 from absl import flags
 
@@ -11,9 +12,14 @@ USAGE = "python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]; --lis
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what the flags say. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130."""
+    """Runs what the flags say."""
+    guarded(lambda: _main(sys.argv if argv is None else argv))
+
+
+def guarded(program: Callable[[], None]) -> None:
+    """Runs a program. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130."""
     try:
-        _main(sys.argv if argv is None else argv)
+        program()
     except KeyboardInterrupt:
         _stop("interrupted; the rounds that are complete are in metrics.jsonl", 130)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -106,7 +106,7 @@ class _Loop:
         self.wire = self.machine.wire(state, self.plan(range(1), 1))
         record = {"round": 0} | self.evaluate(state, self.dataset.validation)
         self.write(record, history)
-        progress.show(0, f"accuracy {record['accuracy']:.3f}")
+        progress.show(0, f"accuracy {record['accuracy']:.3f}  compiling")
         try:
             began, pending = time.perf_counter(), None
             for rounds in self.blocks():

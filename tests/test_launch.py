@@ -152,6 +152,7 @@ BAD = {
     "--adapt=layer[": "adapt=",
     "--adapt=nowhere": "'nowhere' matches no parameter",
     "--model=/nowhere": "/nowhere/config.json does not exist",
+    "--model=tests": "tests/config.json does not exist",
     "--out_dir=/proc/nowhere": "/proc/nowhere",
     "--flagfile=/nowhere": "/nowhere",
     "stray": "unexpected argument 'stray'",

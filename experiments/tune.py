@@ -1,0 +1,56 @@
+"""Finds learning rates on the validation split: one run per method, rate and seed.
+
+python -m experiments.tune --method=fedgalore,fedavg,fedit --rates=1e-3,3e-3,1e-2 --seeds=0,1
+
+Takes all flags of `run.py` besides. The rates found for the default model stand in `fedgalore_jax/tasks.py`.
+"""
+
+import dataclasses
+import statistics
+import sys
+
+from absl import flags
+
+from experiments import flags as our_flags
+from experiments.launch import guarded
+from fedgalore_jax import train
+from fedgalore_jax.config import Config
+
+
+def main() -> None:
+    """Prints a row per method and rate, the best of each method marked."""
+    values = flags.FlagValues()
+    our_flags.define(values)
+    flags.DEFINE_list("rates", ["1e-3", "3e-3", "1e-2"], "learning rates to try", flag_values=values)
+    flags.DEFINE_list("seeds", ["0", "1"], "seeds to average over", flag_values=values)
+    values(sys.argv)
+    rates, seeds = [float(rate) for rate in values.rates], [int(seed) for seed in values.seeds]
+    values.eval_every = values.rounds
+    runs = [
+        [[dataclasses.replace(c, lr=rate, seed=seed, out_dir=None) for seed in seeds] for rate in rates]
+        for c in our_flags.configs(values)
+    ]
+    train.check([config for method in runs for row in method for config in row])
+    print(f"{'method':<12}{'lr':>8}{'validation':>12}{'lowest seed':>13}")
+    for method in runs:
+        means = {}
+        for row in method:
+            accuracies = [validated(config) for config in row]
+            config = row[0]
+            means[config.lr] = statistics.mean(accuracies)
+            cells = f"{means[config.lr]:>12.4f}{min(accuracies):>13.4f}"
+            print(f"{config.method:<12}{config.lr:>8.0e}{cells}", flush=True)
+        best = max(means, key=lambda rate: means[rate])
+        print(f"{config.method:<12}{best:>8.0e}  is best", flush=True)
+
+
+def validated(config: Config) -> float:
+    """Final validation accuracy; 0 for a run that diverges."""
+    try:
+        return train.run(config, say=lambda line: None).summary["validation"]["final"]
+    except FloatingPointError:
+        return 0.0
+
+
+if __name__ == "__main__":
+    guarded(main)
