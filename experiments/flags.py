@@ -56,6 +56,8 @@ def configs(values: flags.FlagValues) -> list[Config]:
     }
     options = _options(values.opt, methods)
     out = given.pop("out_dir")
+    if out == "":
+        raise ValueError("out_dir='' is not a folder: name one, or leave it out")
     several = len(methods) > 1
     return [
         Config(

@@ -21,14 +21,20 @@ def guarded(program: Callable[[], None]) -> None:
     try:
         program()
     except KeyboardInterrupt:
-        _stop("interrupted; the rounds that are complete are in metrics.jsonl", 130)
+        _stop("interrupted; every file and every line that was written is whole", 130)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
-        _stop(" ".join(str(error).split()), 2)
+        _stop(str(error), 2)
+    except MemoryError as error:
+        _stop(f"out of memory ({error}): lower --batch_size or --local_steps, or set --chunk", 2)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _stop(f"out of device memory ({error}): lower --batch_size or set --chunk", 2)
 
 
 def _stop(line: str, status: int) -> None:
     sys.stdout.flush()
-    print(f"run.py: {line}", file=sys.stderr, flush=True)
+    print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -55,14 +61,17 @@ def _main(argv: list[str]) -> None:
     from experiments import report
     from fedgalore_jax import train
 
-    train.check(runs)
+    out = pathlib.Path(values.out_dir)
+    if len(runs) > 1:
+        train.refuse_used(out)
     results = []
-    for config in runs:
-        results.append(train.run(config))
-        report.curves(pathlib.Path(config.out_dir), [results[-1]])
-        print(report.result_line(results[-1], config.out_dir))
+    for prepared in [train.prepare(config) for config in runs]:  # all are sound before the first begins
+        folder = pathlib.Path(prepared.config.out_dir)
+        results.append(train.execute(prepared))
+        report.curves(folder, [results[-1]])
+        print(report.result_line(results[-1], folder))
     if len(results) > 1:
-        report.compare(pathlib.Path(values.out_dir), results)
+        report.compare(out, results)
 
 
 def listing() -> str:

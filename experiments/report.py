@@ -8,7 +8,7 @@ from fedgalore_jax.train import Result, write_json
 COLUMNS = ("method", "accuracy", "up/client", "down/client", "optimizer", "s/round")
 
 
-def result_line(result: Result, out_dir: str) -> str:
+def result_line(result: Result, out_dir: pathlib.Path) -> str:
     """A finished run in one line."""
     summary = result.summary
     return (

@@ -31,13 +31,14 @@ def matmul(x: Array, kernel: Array | Adapted) -> Array:
 
 
 def merge(kernel: Array | Adapted | LowRank) -> Array:
-    """The dense matrix `[..., m, n]` that a kernel in any of its forms stands for."""
-    if isinstance(kernel, LowRank):
-        return kernel.a @ kernel.b
-    if not isinstance(kernel, Adapted):
+    """The dense matrix `[..., m, n]` that a kernel in any of its forms stands for, in full precision."""
+    if not isinstance(kernel, Adapted | LowRank):
         return kernel
+    product = jnp.matmul(kernel.a, kernel.b, precision=jax.lax.Precision.HIGHEST)
+    if isinstance(kernel, LowRank):
+        return product
     base = kernel.base if kernel.shrink is None else kernel.shrink[..., None, None] * kernel.base
-    return base + kernel.a @ kernel.b
+    return base + product
 
 
 def lora_factors(key: Array, shape: tuple[int, ...], rank: int, dtype) -> LoRA:

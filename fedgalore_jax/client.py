@@ -46,7 +46,12 @@ def local_train(
     def objective(tree, assemble, j):
         return loss(assemble(tree), batch(j), jax.random.fold_in(dropout, j))
 
-    ops = Ops(client, own, lambda assemble, tree, j: jax.grad(objective)(tree, assemble, j))
+    def gradient(assemble, tree, j):
+        if j >= steps:
+            raise ValueError(f"batch {j} of a client with {steps} local steps: ask for fewer batches")
+        return jax.grad(objective)(tree, assemble, j)
+
+    ops = Ops(client, own, gradient)
     local = strategy.start(download, client_state, ops)
 
     def assemble(trainable):

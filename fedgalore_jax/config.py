@@ -84,7 +84,8 @@ class Config:
         self._require("alpha", 0 < self.alpha < math.inf, "a positive, finite number")
         self._require("dropout", self.dropout is None or 0 <= self.dropout < 1, "a number in [0, 1)")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        self._require("seed", self.seed >= 0, "an integer >= 0")
+        self._require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
+        self._require("out_dir", self.out_dir != "", "a folder, or None")
         fits = self.cohort is None or self.cohort <= self.clients
         self._require("cohort", fits, f"at most --clients, {self.clients}")
 

@@ -6,7 +6,7 @@ trip count: the same program runs one round or fifty.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,9 @@ class Wire(NamedTuple):
 
 
 def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> RunState:
-    """The state before round 0."""
+    """The state before round 0. Weights are kept in float32 or wider, whatever they were stored in:
+    changes of a round would be lost in half precision."""
+    params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
     server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     server = jax.jit(strategy.init, static_argnums=2)(params, server_key, num_clients)
     ids = jnp.arange(num_clients, dtype=jnp.int32)
@@ -78,8 +80,8 @@ class Engine(NamedTuple):
     steps: int
     chunk: int
 
-    def compile(self) -> tuple[Callable, Callable]:
-        """The two programs of a run.
+    def programs(self) -> tuple[Any, Any]:
+        """The two programs of a run, jitted.
 
         Returns:
           `rounds(state, train, plan, count) -> (state, metrics)`, which runs the first `count` rounds of

@@ -1,5 +1,6 @@
 """One live line in a terminal, plain lines where there is none."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -27,6 +28,7 @@ class Progress:
         left = spent / max(done, 1) * (self.total - done)
         line = f"round {done}/{self.total}  {text}  {clock(spent)} (ETA {clock(left)})"
         if self.live:
+            line = line[: shutil.get_terminal_size().columns - 1]
             self.stream.write("\r" + line.ljust(self.width))
             self.width = len(line)
         elif done == self.total or done * 10 // self.total > self.said:

@@ -100,7 +100,6 @@ def synchronise(
     method: str,
     signal_rank: int,
     joint_rank: int | None = None,
-    participation: Array | None = None,
     floor: float = 1e-3,
 ) -> tuple[Array, Array]:
     """Makes one second moment of the clients'.
@@ -116,7 +115,6 @@ def synchronise(
       method: one of `METHODS`.
       signal_rank: as in `ajive`; unused by the other methods, as is `joint_rank`.
       joint_rank: as in `ajive`.
-      participation: `[C]`, a mask as in `ajive`; by default `weights > 0`.
       floor: at least 0.
 
     Returns:
@@ -135,14 +133,13 @@ def synchronise(
     if moments.ndim < 3 or floor < 0:
         raise ValueError(f"need moments [C, ..., d, n], floor >= 0: not {moments.shape}, {floor=}")
     clients, *layers, d, n = moments.shape
-    mask = weights if participation is None else participation
     no_rank = jnp.full(layers, -1, jnp.int32)
     if method == "median":
-        moments, present = _participants(moments, mask, absent=jnp.inf)
+        moments, present = _participants(moments, weights, absent=jnp.inf)
         ordered, count = jnp.sort(moments, axis=0), jnp.sum(present)  # the absent come last
         middle = (ordered[jnp.maximum(count - 1, 0) // 2] + ordered[count // 2]) / 2
         return jnp.where(count > 0, middle, 0), no_rank
-    moments, present = _participants(moments, mask)
+    moments, present = _participants(moments, weights)
     with jax.default_matmul_precision("highest"):
         mean = jnp.tensordot(jnp.asarray(weights, moments.dtype), moments, 1)
         if method == "mean":

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata, resources
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import optax
 
 from fedgalore_jax import engine, models, strategies, tasks, tree
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, FederatedData, Split, partition
+from fedgalore_jax.data import Dataset, FederatedData, Plan, Split, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.strategies.base import ROLES, Common
@@ -41,12 +42,35 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
+class Prepared(NamedTuple):
+    """A run that has been found sound: loaded, split and traced, with nothing compiled or written.
+
+    Attributes:
+      config: of the run.
+      task, dataset, federation: what is learned, by whom.
+      fns, params: the model before round 0.
+      machine: the engine.
+      program: its rounds, lowered and ready to be compiled.
+      wire: bytes of one client.
+    """
+
+    config: Config
+    task: tasks.Task
+    dataset: Dataset
+    federation: FederatedData
+    fns: models.ModelFns
+    params: Params
+    machine: engine.Engine
+    program: Any
+    wire: engine.Wire
+
+
 def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
     """Runs one federated fine-tuning.
 
     Args:
       config: what to run. With `out_dir`, the run leaves `config.json`, `metrics.jsonl` (a line as soon as
-        a round is read), `summary.json` and `model/` there.
+        a round is read), `model/` and, last, `summary.json` there.
       say: takes the few lines that describe the run; the live progress line goes to stderr.
 
     Returns:
@@ -54,8 +78,20 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
 
     Raises:
       ValueError: a value that cannot be used, with its name and the remedy; nothing was written.
-      FileExistsError: `out_dir` already holds something.
+      OSError: `out_dir` already holds something, or cannot be written.
+      FloatingPointError: the run diverged; the rounds before are written.
     """
+    return execute(prepare(config), say=say)
+
+
+def prepare(config: Config) -> Prepared:
+    """Everything that can fail for a bad configuration, before anything is compiled or written.
+
+    Raises:
+      ValueError, OSError: as `run`.
+    """
+    if config.out_dir:
+        refuse_used(pathlib.Path(config.out_dir))
     task = tasks.get(config.task)
     strategy = strategy_of(config, task.lr)
     dataset = task.load()
@@ -71,50 +107,76 @@ def run(config: Config, *, say: Callable[[str], None] = print) -> Result:
         config.local_steps,
         min(config.chunk or cohort, cohort),
     )
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    state = engine.init(strategy, params, key, config.clients)
-    out = claim(config.out_dir) if config.out_dir else None
+    state = jax.eval_shape(lambda: start(config, machine, params))
+    rows = plan(config, machine, federation, range(min(config.eval_every, BLOCK, config.rounds)))
+    program = machine.programs()[0].lower(state, machine.train, rows, 1)
+    wire = machine.wire(state, rows)
+    return Prepared(config, task, dataset, federation, fns, params, machine, program, wire)
+
+
+def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result:
+    """Trains, judges on the test split, and writes; see `run`."""
+    config = prepared.config
+    out = _claim(pathlib.Path(config.out_dir)) if config.out_dir else None
     if out:
         write_json(out / "config.json", dataclasses.asdict(config))
-    say(describe(config, dataset, federation))
-    say(roles_table(config, params))
-    loop = _Loop(config, machine, federation, dataset, task.metrics, out)
-    final_state, history = loop.run(state)
-    summary = loop.summary(final_state, history)
-    final = strategy.export(final_state.server)
+    say(describe(prepared))
+    say(roles_table(config, prepared.params))
+    loop = _Loop(prepared, out)
+    state, history = loop.run()
+    summary = loop.summary(state, history)
+    final = prepared.machine.strategy.export(state.server)
     if out:
+        models.save(out / "model", prepared.fns, final)
         write_json(out / "summary.json", summary)
-        models.save(out / "model", fns, final)
     return Result(final, history, summary)
+
+
+def validate(config: Config) -> float:
+    """Trains and returns the final validation accuracy; neither writes nor looks at the test split."""
+    _, history = _Loop(prepare(config), None).run()
+    return history[-1]["accuracy"]
+
+
+def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunState:
+    """The state before round 0."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return engine.init(machine.strategy, params, key, config.clients)
+
+
+def plan(config: Config, machine: engine.Engine, federation: FederatedData, rounds: range) -> Plan:
+    """The plan of some rounds, padded to the rows of a block: every call has the same shapes."""
+    cohort = config.cohort or config.clients
+    rows = federation.plan(rounds, cohort, config.local_steps, config.batch_size, machine.chunk)
+    size = min(config.eval_every, BLOCK, config.rounds)
+    return Plan(*(np.resize(field, (size, *field.shape[1:])) for field in rows))
 
 
 class _Loop:
     """The rounds of one run, and what is measured on the way."""
 
-    wire: engine.Wire
+    def __init__(self, prepared: Prepared, out: pathlib.Path | None):
+        self.prepared, self.config, self.out = prepared, prepared.config, out
+        self.logits = prepared.machine.programs()[1]
 
-    def __init__(self, config, machine, federation, dataset: Dataset, metrics, out):
-        self.config, self.machine, self.federation = config, machine, federation
-        self.dataset, self.metrics, self.out = dataset, metrics, out
-        self.rounds, self.logits = machine.compile()
-
-    def run(self, state: engine.RunState) -> tuple[engine.RunState, list[dict[str, Any]]]:
+    def run(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
         """All rounds. Block t - 1 is read, evaluated and written while block t computes."""
-        config, history = self.config, []
-        block = min(config.eval_every, BLOCK)
+        config, machine = self.config, self.prepared.machine
+        history: list[dict[str, Any]] = []
         progress = Progress(config.rounds)
-        self.wire = self.machine.wire(state, self.plan(range(1), 1))
-        record = {"round": 0} | self.evaluate(state, self.dataset.validation)
-        self.write(record, history)
-        progress.show(0, f"accuracy {record['accuracy']:.3f}  compiling")
         try:
+            state = start(config, machine, self.prepared.params)
+            record = {"round": 0} | self.evaluate(state, self.prepared.dataset.validation)
+            self.write(record, history)
+            progress.show(0, f"accuracy {record['accuracy']:.3f}  compiling")
+            rounds_of = self.prepared.program.compile()
             began, pending = time.perf_counter(), None
             for rounds in self.blocks():
-                plan = self.plan(rounds, block)
-                state, rows = self.rounds(state, self.machine.train, plan, len(rounds))
+                rows = plan(config, machine, self.prepared.federation, rounds)
+                state, metrics = rounds_of(state, machine.train, rows, len(rounds))
                 if pending is not None:
                     began = self.read(*pending, began, history, progress)
-                pending = (rounds, rows, state)
+                pending = (rounds, metrics, state)
             if pending is not None:
                 self.read(*pending, began, history, progress)
         finally:
@@ -129,41 +191,25 @@ class _Loop:
             yield range(t, stop)
             t = stop
 
-    def plan(self, rounds: range, size: int):
-        """The plan of some rounds, padded to `size` rows so that every call has the same shapes."""
-        config = self.config
-        plan = self.federation.plan(
-            rounds,
-            config.cohort or config.clients,
-            config.local_steps,
-            config.batch_size,
-            self.machine.chunk,
-        )
-        return jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), plan)
-
-    def read(self, rounds: range, rows, state, began: float, history, progress) -> float:
+    def read(self, rounds: range, metrics, state, began: float, history, progress) -> float:
         """Waits for a block, evaluates after it where that is due, and writes its lines."""
-        rows = jax.device_get(rows)
-        now = time.perf_counter()
+        metrics = jax.device_get(metrics)
+        now, wire = time.perf_counter(), self.prepared.wire
         for i, t in enumerate(rounds):
             record: dict[str, Any] = {"round": t + 1}
-            record |= {name: value[i].tolist() for name, value in rows.items()}
-            if not np.isfinite(record["train_loss"]):
-                raise FloatingPointError(
-                    f"train_loss is {record['train_loss']} in round {t + 1}: lower --lr or set --clip"
-                )
+            record |= {name: value[i].tolist() for name, value in metrics.items()}
             if t + 1 == rounds.stop and self.due(t + 1):
-                record |= self.evaluate(state, self.dataset.validation)
-            record |= {
-                "bytes_up": self.wire.up,
-                "bytes_down": self.wire.down,
-                "seconds": round((now - began) / len(rounds), 4),
-            }
+                record |= self.evaluate(state, self.prepared.dataset.validation)
+            if wild := [name for name in ("train_loss", "loss") if not np.isfinite(record.get(name, 0))]:
+                raise FloatingPointError(
+                    f"{wild[0]} is {record[wild[0]]} in round {t + 1}: lower --lr, or set --clip"
+                )
+            seconds = round((now - began) / len(rounds), 4)
+            record |= {"bytes_up": wire.up, "bytes_down": wire.down, "seconds": seconds}
             self.write(record, history)
-            shown = next((h for h in reversed(history) if "accuracy" in h), None)
-            text = f"loss {record['train_loss']:.4f}"
-            text += f"  accuracy {shown['accuracy']:.3f}" if shown else ""
-            progress.show(t + 1, f"{text}  {human(self.wire.up)} up a client")
+            accuracy = next(h["accuracy"] for h in reversed(history) if "accuracy" in h)
+            text = f"loss {record['train_loss']:.4f}  accuracy {accuracy:.3f}"
+            progress.show(t + 1, f"{text}  {human(wire.up)} up a client")
         return now
 
     def due(self, done: int) -> bool:
@@ -174,7 +220,8 @@ class _Loop:
         """The task's metrics of the global model on a split."""
         inputs = engine.in_batches(split.inputs, EVAL_BATCH)
         logits = np.asarray(self.logits(state.server, inputs))
-        return self.metrics(logits.reshape(-1, *logits.shape[2:])[: len(split.labels)], split.labels)
+        logits = logits.reshape(-1, *logits.shape[2:])[: len(split.labels)]
+        return self.prepared.task.metrics(logits, split.labels)
 
     def write(self, record: dict[str, Any], history: list) -> None:
         """Appends one line, whole or not at all."""
@@ -187,39 +234,45 @@ class _Loop:
         """Totals, and the test split's one use."""
         judged = [record for record in history if "accuracy" in record]
         best = max(judged, key=lambda record: record["accuracy"])
-        timed = [record["seconds"] for record in history[2:]] or [history[-1]["seconds"]]
-        cohort = self.config.cohort or self.config.clients
+        config, wire = self.config, self.prepared.wire
+        cohort = config.cohort or config.clients
         return {
-            "method": self.config.method,
-            "final": self.evaluate(state, self.dataset.test),
+            "method": config.method,
+            "final": self.evaluate(state, self.prepared.dataset.test),
             "validation": {"final": judged[-1]["accuracy"], "initial": judged[0]["accuracy"]},
             "best": {"round": best["round"], "accuracy": best["accuracy"]},
-            "rounds": self.config.rounds,
-            "bytes_per_client_and_round": {"up": self.wire.up, "down": self.wire.down},
-            "bytes_total": self.config.rounds * cohort * (self.wire.up + self.wire.down),
-            "optimizer_bytes": self.wire.optimizer,
-            "client_memory_bytes": self.wire.memory,
-            "seconds_per_round": float(np.median(timed)),
+            "rounds": config.rounds,
+            "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
+            "bytes_total": config.rounds * cohort * (wire.up + wire.down),
+            "optimizer_bytes": wire.optimizer,
+            "client_memory_bytes": wire.memory,
+            "seconds_per_round": float(np.median([record["seconds"] for record in history[1:]])),
             "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
             "versions": {"python": platform.python_version()}
             | {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
         }
 
 
-def check(configs: Sequence[Config]) -> None:
-    """Refuses a series of runs, none of which may fail late, before the first begins."""
-    for config in configs:
-        strategy_of(config, tasks.get(config.task).lr)
-
-
 def strategy_of(config: Config, tuned: dict[str, float]) -> strategies.Strategy:
     """The strategy that a config names, with its options."""
-    given = dict(config.opt)
+    method, given = config.method, dict(config.opt)
+    own = strategies.options(method)
+    for name, flags in (("roles", "--adapt and --train"), ("head_ratio", "--head_lr")):
+        if name in given:
+            raise ValueError(f"opt {name}={given[name]!r}: use {flags}")
     if config.client_weights is not None:
+        if "client_weights" not in own:
+            raise ValueError(
+                f"client_weights={config.client_weights!r}: {method} has one form only; where several"
+                " methods run, write --opt METHOD.client_weights"
+            )
         given["client_weights"] = config.client_weights
-    lr = config.lr if config.lr is not None else tuned.get(config.method)
+    lr = given.pop("lr", config.lr)
+    lr = tuned.get(method) if lr is None else lr
     if lr is None:
-        raise ValueError(f"no learning rate is tuned for {config.method} on {config.task}: give lr")
+        raise ValueError(f"no learning rate is tuned for {method} on {config.task}: give --lr")
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} is not usable: give a positive, finite number")
     steps = config.rounds * config.local_steps
     schedule = {
         "constant": lr,
@@ -234,7 +287,7 @@ def strategy_of(config: Config, tuned: dict[str, float]) -> strategies.Strategy:
         "clip": config.clip,
         "roles": config.roles(),
     }
-    return strategies.build(config.method, **(common | given))
+    return strategies.build(method, **(common | given))
 
 
 def federate(config: Config, dataset: Dataset) -> FederatedData:
@@ -263,14 +316,19 @@ def model_path(name: str) -> pathlib.Path:
     return pathlib.Path(str(shipped)) if shipped.is_dir() else pathlib.Path(name)
 
 
-def claim(out_dir: str) -> pathlib.Path:
-    """Makes the run's folder; one that holds anything is refused."""
-    path = pathlib.Path(out_dir)
+def refuse_used(path: pathlib.Path) -> None:
+    """Raises where a run may not be written: a folder that holds anything, or that cannot be made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"out_dir={out_dir!r} is in use: choose a new folder")
+        raise FileExistsError(f"out_dir={str(path)!r} is in use: choose a new folder")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"out_dir={str(path)!r} cannot be written: choose another folder")
+
+
+def _claim(path: pathlib.Path) -> pathlib.Path:
+    """Makes the run's folder."""
+    refuse_used(path)
     path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"out_dir={out_dir!r} is not writable: choose another folder")
     return path
 
 
@@ -281,10 +339,11 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def describe(config: Config, dataset: Dataset, federation: FederatedData) -> str:
+def describe(prepared: Prepared) -> str:
     """The run in one line."""
-    sizes = sorted(len(part) for part in federation.parts)
-    labels = [len(np.unique(dataset.train.labels[part])) for part in federation.parts]
+    config, parts = prepared.config, prepared.federation.parts
+    sizes = sorted(len(part) for part in parts)
+    labels = [len(np.unique(prepared.dataset.train.labels[part])) for part in parts]
     split = f"{config.partition}({config.alpha:g})" if config.partition == "dirichlet" else "iid"
     return (
         f"{config.task}, {config.method}: {config.cohort or config.clients} of {config.clients} clients"

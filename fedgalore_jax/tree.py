@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +109,9 @@ def weighted_sum(rows: Tree, weights: Array) -> Tree:
 
     def one(leaf):
         if isinstance(leaf, LowRank):
-            return jnp.einsum("c,c...mr,c...rn->...mn", weights, leaf.a, leaf.b)
+            product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+            return product("c,c...mr,c...rn->...mn", weights, leaf.a, leaf.b)
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.tensordot(weights.astype(wide.dtype), wide, 1)
+        return jnp.tensordot(weights.astype(wide.dtype), wide, 1, precision=jax.lax.Precision.HIGHEST)
 
     return jax.tree.map(one, rows, is_leaf=lambda leaf: isinstance(leaf, LowRank))

@@ -68,7 +68,7 @@ def setup(method, *, dtype=np.float32, chunk=N, steps=K, **options):
     train = {name: jnp.asarray(x) for name, x in samples(dtype).items()}
     machine = engine.Engine(strategy, loss, apply, train, N, steps, chunk)
     state = engine.init(strategy, params(dtype), jax.random.key(0), N)
-    return machine, machine.compile()[0], state
+    return machine, machine.programs()[0], state
 
 
 def plan(rounds, cohort=N, chunk=1, steps=K):

@@ -32,7 +32,7 @@ VARIANTS = {
         "transport": "squared_overlap",
         "sync_first": False,
     },
-    "own bases": {"basis": "own", "finder": "gram"},
+    "own bases": {"basis": "own", "finder": "gram", "transport": "keep"},
     "own bases, several batches": {"basis": "own", "basis_batches": 2, "sync": "mean"},
     "right side": {"side": "right", "refresh_rounds": 2, "transport": "squared_overlap"},
 }
@@ -91,6 +91,8 @@ def test_the_base_product_is_not_batched_over_clients():
     one = jax.tree.map(lambda x: x[0], plan(range(1)))
     text = str(jax.make_jaxpr(machine.round)(state, machine.train, one))
     assert f"[{N},{m},{n}]" not in text and f"[{N},{L},{m},{n}]" not in text
+    dense, _, state = setup("fedgalore", client_weights="dense")
+    assert f"[{N},{L},{m},{n}]" in str(jax.make_jaxpr(dense.round)(state, dense.train, one))
 
 
 def test_counters_are_not_batched_over_clients():
@@ -204,6 +206,12 @@ def seeded(seed, epoch):
         ({"basis": "own", "transport": "squared_overlap"}, "squared_overlap"),
         ({"refresh_rounds": 0}, "refresh_rounds=0"),
         ({"signal_rank": 3}, "signal_rank=3 must lie in 1..rank-1"),
+        ({"signal_rank": 2, "sync": "mean"}, "signal_rank=2 would have no effect: it needs sync=ajive"),
+        ({"finder": "svd"}, "finder='svd' would have no effect: it needs basis=own"),
+        ({"sync_first": True, "basis": "own"}, "sync_first=True needs a common basis"),
+        ({"rank": 1}, "rank=1 leaves AJIVE no room"),
+        ({"rank": 1, "sync": "mean", "basis": "server"}, "rank=1: a server basis"),
+        ({"floor": -1.0}, "floor=-1.0"),
         ({"joint_rank": 2}, "joint_rank=2"),
         ({"client_weights": "both"}, "client_weights='both'"),
     ],

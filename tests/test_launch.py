@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny_vit
 
 from experiments.launch import main
 from fedgalore_jax import models, tasks, train
@@ -133,6 +134,18 @@ BAD = {
     "--rank=0": "rank=0",
     "--rank=abc": "--rank=abc",
     "--rank=64": "rank=64",
+    "--rank=64 --method=fedavg,fedgalore": "rank=64",
+    "--rank=1": "rank=1 leaves AJIVE no room",
+    "--seed=100000000000000000000": "seed=100000000000000000000",
+    "--out_dir=": "out_dir=''",
+    "--out_dir= --method=fedavg,fedit": "out_dir=''",
+    "--opt=floor=-1": "floor=-1",
+    "--opt=lr=-1": "lr=-1",
+    "--opt=roles=x": "use --adapt and --train",
+    "--opt=finder=svd": "would have no effect: it needs basis=own",
+    "--opt=basis=own --opt=basis_batches=21": "batch 20 of a client with 20 local steps",
+    "--method=fedit --client_weights=dense": "client_weights='dense': fedit has one form only",
+    "--adapt=layers/.*bias": "only kernels can be adapted",
     "--method=fedsgd": "unknown method 'fedsgd': choose from fedavg",
     "--method=fedavg,fedavg": "name each method once",
     "--task=mnist": "unknown task 'mnist': choose from digits",
@@ -162,13 +175,30 @@ BAD = {
 @pytest.mark.parametrize("arg", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(arg, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "_Loop", None)  # nothing may get as far as compiling
-    args = [f"--out_dir={tmp_path / 'out'}", arg]
+    args = [f"--out_dir={tmp_path / 'out'}", *arg.split()]
     with pytest.raises(SystemExit) as stop:
         launch(*args)
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert BAD[arg] in error and error.count("\n") == 1 and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_for_other_images_is_refused(tmp_path, capsys):
+    models.save(tmp_path / "tiny", *tiny_vit.model())
+    with pytest.raises(SystemExit):
+        launch(f"--model={tmp_path / 'tiny'}", f"--out_dir={tmp_path / 'out'}")
+    assert "are not [B, 6, 6, 3]: choose a model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_does_not_overwrite_a_run(compared, capsys):
+    out, _ = compared
+    before = (out / "fedit" / "summary.json").read_text()
+    with pytest.raises(SystemExit):
+        launch(*SMALL, "--method=fedgalore,fedavg", f"--out_dir={out / 'fedit'}")
+    assert "is in use" in capsys.readouterr().err
+    assert (out / "fedit" / "summary.json").read_text() == before
 
 
 def test_divergence_is_one_line(tmp_path, capsys):

@@ -107,6 +107,31 @@ def test_fedit_averages_the_factors_separately():
     np.testing.assert_allclose(got_bias, bias, atol=1e-10)
 
 
+def test_fedgalore_with_own_bases():
+    """Each client projects on the singular vectors of its first gradient; row means of nu go on."""
+    options = {"basis": "own", "finder": "svd", "sync": "mean"}
+    w, bias, shift = start()
+    r, nu, count = 3, {"z": np.zeros((L, 3, n)), "b": np.zeros(n)}, 0
+    for t in range(2):
+        new_w, new_bias, new_nu = 0, 0, {"z": 0, "b": 0}
+        for p, batches in client_batches(t):
+            basis = np.linalg.svd(gradients(w, bias, shift, *batches[0])[0])[0][..., :r]
+            full, values = w, {"z": np.zeros((L, r, n)), "b": bias}
+            adam = Adam({k: v.shape for k, v in nu.items()}, {k: v.copy() for k, v in nu.items()}, count)
+            for x, y in batches:
+                dw, db = gradients(full, values["b"], shift, x, y)
+                values["z"] = np.zeros((L, r, n))
+                adam.step(values, {"z": basis.swapaxes(1, 2) @ dw, "b": db}, set())
+                full = full + basis @ values["z"] - LR * DECAY * full
+            new_w, new_bias = new_w + p * full, new_bias + p * values["b"]
+            new_nu = {k: new_nu[k] + p * adam.v[k] for k in new_nu}
+        rows = np.broadcast_to(new_nu["z"].mean(1, keepdims=True), (L, r, n))
+        w, bias, nu, count = new_w, new_bias, {"z": rows, "b": new_nu["b"]}, count + K
+    got_w, got_bias, _ = run("fedgalore", 2, **options)
+    np.testing.assert_allclose(got_w, w, atol=1e-10)
+    np.testing.assert_allclose(got_bias, bias, atol=1e-10)
+
+
 @pytest.mark.parametrize("client_weights", ["factored", "dense"])
 def test_fedgalore_carries_the_mean_second_moment(client_weights):
     options = {"sync": "mean", "sync_first": False, "refresh_rounds": 9}

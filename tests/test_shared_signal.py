@@ -29,9 +29,8 @@ def extract(blocks, signal_rank, joint_rank=None, weights=None):
     return jit_ajive(blocks, signal_rank, joint_rank=joint_rank, weights=weights)
 
 
-def sync(moments, weights, *, participation=None, **options):
-    mask = jnp.asarray(weights > 0 if participation is None else participation, float)
-    return jit_sync(moments, weights, participation=mask, **options)
+def sync(moments, weights, **options):
+    return jit_sync(moments, weights, **options)
 
 
 def orthonormal(rng, rows, columns, away_from=None):
@@ -353,11 +352,11 @@ def test_median_counts_participants_only(mask):
 @pytest.mark.parametrize("method", shared_signal.METHODS)
 def test_absent_clients_leave_no_trace(method):
     moments = np.array(nonnegative(np.random.default_rng(0)))
-    weights, mask = jnp.array([0.5, 0.0, 0.5, 0.0, 0.0]), jnp.array([1, 0, 1, 1, 0])
+    weights = jnp.array([0.5, 0.0, 0.3, 0.2, 0.0])
     options = {"method": method, "signal_rank": 1}
-    want, want_rank = sync(jnp.asarray(moments), weights, participation=mask, **options)
+    want, want_rank = sync(jnp.asarray(moments), weights, **options)
     moments[1], moments[4] = np.inf, np.nan
-    got, rank = sync(jnp.asarray(moments), weights, participation=mask, **options)
+    got, rank = sync(jnp.asarray(moments), weights, **options)
     np.testing.assert_array_equal(got, want)
     assert rank == want_rank
     nobody, _ = sync(jnp.asarray(moments), jnp.zeros(C), **options)
@@ -448,7 +447,7 @@ def test_blocks_taller_than_the_shared_axis():
         (lambda x: call_sync(x[0]), ["moments", "(3, 6)"]),
         (lambda x: call_sync(x, floor=-1.0), ["floor=-1.0"]),
         (lambda x: call_sync(x, method="ajive", signal_rank=3), ["signal_rank=3", "1..2"]),
-        (lambda x: call_sync(x, participation=jnp.ones(3)), ["2 clients", "[3]"]),
+        (lambda x: synchronise(x, jnp.ones(3), method="mean", signal_rank=1), ["2 clients", "[3]"]),
     ],
 )
 def test_errors_name_value_and_remedy(call, words):

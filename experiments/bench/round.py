@@ -65,7 +65,7 @@ def measure(shape: str, variant: str) -> dict[str, float]:
     parts = np.split(np.arange(len(pixels)), CLIENTS)
     plan = FederatedData(parts, 0).plan(range(1), CLIENTS, STEPS, BATCH)
     began = time.perf_counter()
-    rounds = machine.compile()[0].lower(state, machine.train, plan, 1).compile()
+    rounds = machine.programs()[0].lower(state, machine.train, plan, 1).compile()
     compiled = time.perf_counter() - began
     times = []
     for _ in range(REPEATS + 1):

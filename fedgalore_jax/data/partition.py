@@ -3,6 +3,7 @@
 import numpy as np
 
 PARTITIONS = ("dirichlet", "iid")
+MIN_SIZE = 10
 
 
 def partition(
@@ -12,7 +13,6 @@ def partition(
     kind: str,
     alpha: float,
     rng: np.random.Generator,
-    min_size: int = 10,
 ) -> list[np.ndarray]:
     """Splits samples over clients.
 
@@ -23,11 +23,10 @@ def partition(
         in proportions drawn from Dirichlet(alpha)).
       alpha: concentration; smaller is more skewed. Only "dirichlet" reads it.
       rng: the source of randomness.
-      min_size: least samples of a client; a smaller one is topped up with random samples of the largest.
-        Lowered to `n // clients` where there are not enough samples.
 
     Returns:
-      N arrays of sample indices; every sample is in exactly one of them.
+      N arrays of sample indices; every sample is in exactly one of them. A client with fewer than
+      `MIN_SIZE` samples (or `n // clients`, if that is less) is topped up with random ones of the largest.
 
     Raises:
       ValueError: more clients than samples, `alpha <= 0`, an unknown kind.
@@ -51,7 +50,7 @@ def partition(
         for client, part in enumerate(np.split(members, cuts)):
             dealt[client].append(part)
     parts = [np.concatenate(part) for part in dealt]
-    least = min(min_size, len(labels) // clients)
+    least = min(MIN_SIZE, len(labels) // clients)
     for client in range(clients):
         while (missing := least - len(parts[client])) > 0:
             largest = max(range(clients), key=lambda c: len(parts[c]))

@@ -38,7 +38,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
         return x
     # 16 random bits an element decide as well as the 32 of `bernoulli`, at half the cost.
     bits = jax.random.bits(key, (x.size,), jnp.uint16).reshape(x.shape)
-    return jnp.where(bits >= round(rate * 2**16), x / (1 - rate), 0)
+    return jnp.where(bits >= min(round(rate * 2**16), 2**16 - 1), x / (1 - rate), 0)
 
 
 def _along(vector: Array, x: Array) -> Array:
@@ -86,16 +86,13 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def attend(
-    q: Array, k: Array, v: Array, *, mask: Array | None = None, rate: float = 0, key: Array | None
-) -> Array:
+def attend(q: Array, k: Array, v: Array, *, rate: float = 0, key: Array | None) -> Array:
     """Softmax attention with dropout on the probabilities.
 
     Args:
       q: `[B, L, H, d]`.
       k: `[B, M, H, d]`.
       v: `[B, M, H, d]`.
-      mask: boolean, broadcastable to `[B, H, L, M]` at equal rank; False hides a position.
       rate: dropout on the probabilities.
       key: None turns dropout off.
 
@@ -104,8 +101,6 @@ def attend(
     """
     scores = jnp.einsum("blhd,bmhd->bhlm", q * q.shape[-1] ** -0.5, k)
     scores = scores.astype(jnp.promote_types(q.dtype, jnp.float32))
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probs = dropout(jax.nn.softmax(scores).astype(q.dtype), rate, key)
     return jnp.einsum("bhlm,bmhd->blhd", probs, v)
 
@@ -122,8 +117,8 @@ class Attention(nnx.Module):
         self.output = linear()
         self.heads, self.rate = heads, rate
 
-    def __call__(self, x: Array, *, mask: Array | None = None, key: Array | None = None) -> Array:
-        """`[B, L, D]` to the same shape; `mask` as in `attend`."""
+    def __call__(self, x: Array, *, key: Array | None = None) -> Array:
+        """`[B, L, D]` to the same shape."""
         heads = (*x.shape[:-1], self.heads, -1)
         q, k, v = (p(x).reshape(heads) for p in (self.query, self.key, self.value))
-        return self.output(attend(q, k, v, mask=mask, rate=self.rate, key=key).reshape(x.shape))
+        return self.output(attend(q, k, v, rate=self.rate, key=key).reshape(x.shape))

@@ -49,6 +49,10 @@ class Config:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r}: use one of {', '.join(ACTIVATIONS)}")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "image_size", "patch_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads, image_size of patch_size"
@@ -79,7 +83,10 @@ class Embeddings(nnx.Module):
         batch, *image = pixels.shape
         size, p, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
         if image != [size, size, channels]:
-            raise ValueError(f"pixel_values {pixels.shape} are not [B, {size}, {size}, {channels}]")
+            raise ValueError(
+                f"pixel_values {pixels.shape} are not [B, {size}, {size}, {channels}]: choose a model for"
+                " images of that size, or resize them"
+            )
         # A convolution whose stride is its size is a product over unfolded patches.
         grid = pixels.astype(cls.dtype).reshape(batch, size // p, p, size // p, p, channels)
         patches = grid.swapaxes(2, 3).reshape(batch, -1, p * p * channels)

@@ -145,7 +145,7 @@ class Common:
 
     Attributes:
       lr: learning rate of the clients, or a schedule of the global step (round * K + local step).
-      rank: r of adapters and subspaces. Larger than a kernel's side is an error where it would be used.
+      rank: r of adapters and subspaces; a subspace must be smaller than the side that it lies in.
       head_ratio: learning rate of `train` leaves as a multiple of `lr`.
       lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank`. None means `2 * rank`, a scale of 2.
       weight_decay: decoupled, on kernels only.
@@ -197,8 +197,8 @@ class Common:
         adapt, train, freeze = (
             {path: leaf for path, leaf in flat.items() if role[path] == wanted} for wanted in ROLES
         )
-        if vectors := [path for path, leaf in adapt.items() if leaf.ndim < 2]:
-            raise ValueError(f"only kernels can be adapted, not {', '.join(vectors)}: train them")
+        if others := [path for path in adapt if path.rsplit("/")[-1] != "kernel"]:
+            raise ValueError(f"only kernels can be adapted, not {', '.join(others)}: train them")
         return adapt, train, freeze
 
     def clipped_adam(self) -> optax.GradientTransformation:
@@ -208,7 +208,8 @@ class Common:
 
     def tail(self) -> optax.GradientTransformationExtraArgs:
         """Decoupled decay and the step size; `train` leaves at their own learning rate."""
-        ratio = [(p, self.head_ratio if role == "train" else 1.0) for p, role in self.roles]
+        ratio = [("shrink$", 1.0)]  # decays with the kernels, whatever the user's patterns match
+        ratio += [(p, self.head_ratio if role == "train" else 1.0) for p, role in self.roles]
         return adamw_tail(self.lr, self.weight_decay, ratio)
 
     def adamw(self) -> optax.GradientTransformationExtraArgs:

@@ -11,6 +11,7 @@ Ledger (m x n kernel, floats per client and round)
   re-initialised  with moments=reset: both moments, every round
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,6 +62,8 @@ def fedavg(common: Common, *, moments: str = "reset", server_lr: float = 1.0) ->
     """
     if moments not in MOMENTS:
         raise ValueError(f"moments={moments!r} is not one of {', '.join(MOMENTS)}")
+    if not 0 < server_lr < math.inf:
+        raise ValueError(f"server_lr={server_lr} is not usable: give a positive, finite number")
     tx = common.adamw()
 
     def init(params, key, num_clients):

@@ -17,6 +17,7 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from fedgalore_jax.shared_signal import METHODS, synchronise
 from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
 from fedgalore_jax.types import Adapted, Array, Flat, LowRank
 
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 BASES = ("shared", "server", "own")
 SYNCS = ("none", *METHODS)
 TRANSPORTS = ("keep", "row_mean", "squared_overlap")
@@ -77,8 +79,8 @@ def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
         return moment
     if how == "row_mean":
         return jnp.broadcast_to(moment.mean(-2, keepdims=True), moment.shape)
-    overlap = jnp.square(jnp.swapaxes(new, -1, -2) @ old)
-    return (overlap / jnp.maximum(overlap.sum(-1, keepdims=True), 1e-12)) @ moment
+    overlap = jnp.square(_matmul(jnp.swapaxes(new, -1, -2), old))
+    return _matmul(overlap / jnp.maximum(overlap.sum(-1, keepdims=True), 1e-12), moment)
 
 
 def fedgalore(
@@ -87,15 +89,15 @@ def fedgalore(
     client_weights: str = "factored",
     basis: str = "shared",
     refresh_rounds: int | None = None,
-    finder: str = "subspace",
-    basis_batches: int = 1,
+    finder: str | None = None,
+    basis_batches: int | None = None,
     side: str = "left",
     sync: str = "ajive",
-    sync_first: bool = True,
+    sync_first: bool | None = None,
     transport: str | None = None,
     signal_rank: int | None = None,
     joint_rank: int | None = None,
-    floor: float = 1e-3,
+    floor: float | None = None,
 ) -> Strategy:
     """Builds FedGaLore.
 
@@ -106,20 +108,20 @@ def fedgalore(
       basis: "shared" (from a seed; costs no upload), "server" (half from the last mean change of the
         weights, half random so that it can leave its span), "own" (each client's first gradients).
       refresh_rounds: rounds a basis is kept; 5 by default. Own bases are new every round (1).
-      finder: how an own basis is found, one of `lowrank.FINDERS`.
-      basis_batches: batches whose mean gradient gives an own basis.
+      finder: how an own basis is found, one of `lowrank.FINDERS`; "subspace" by default.
+      basis_batches: batches whose mean gradient gives an own basis; 1 by default.
       side: "left" projects the input side of a kernel, "right" the output side.
       sync: what is done with the clients' second moments: "none" (all moments restart every round),
         "mean", "median", "ajive".
-      sync_first: average the first moment too (ours, not the paper's). Own bases have no common
-        coordinates, so there it averages that of plainly trained leaves and restarts the rest.
+      sync_first: average the first moment too (ours, not the paper's); the default, but for own bases,
+        which have no common coordinates in which signs could be averaged.
       transport: what becomes of the second moment's rows when the basis changes: "keep" (as galore_torch
         does [V]), "row_mean" (every row its mean over rows: all that unrelated bases share),
         "squared_overlap" (rows mixed by squared cosines between bases, normalised per row so that no mass
         is lost). Default "keep"; "row_mean" with own bases. The first moment is rotated by the overlap.
       signal_rank: AJIVE's rank per client; `max(1, r // 2)` by default.
       joint_rank: AJIVE's joint rank; by its thresholds when None.
-      floor: AJIVE's smallest second moment, as a share of the column mean.
+      floor: AJIVE's smallest second moment, as a share of the column mean; 1e-3 by default.
 
     Returns:
       A `Strategy`.
@@ -128,12 +130,23 @@ def fedgalore(
       ValueError: an unknown name, or options that contradict each other.
     """
     own, dense = basis == "own", client_weights == "dense"
-    if refresh_rounds is None:
-        refresh_rounds = 1 if own else 5
-    if transport is None:
-        transport = "row_mean" if own else "keep"
-    if signal_rank is None:
-        signal_rank = max(1, common.rank // 2)
+    extraction = {"signal_rank": signal_rank, "joint_rank": joint_rank, "floor": floor}
+    finding = {"finder": finder, "basis_batches": basis_batches}
+    carrying = {"sync_first": sync_first, "transport": transport}
+    for used, options, needed in (
+        (sync == "ajive", extraction, "sync=ajive"),
+        (own, finding, "basis=own"),
+        (sync != "none", carrying, "a sync that is not none"),
+    ):
+        for name, value in options.items():
+            if not used and value is not None:
+                raise ValueError(f"{name}={value!r} would have no effect: it needs {needed}")
+    refresh_rounds = (1 if own else 5) if refresh_rounds is None else refresh_rounds
+    finder, basis_batches = finder or "subspace", 1 if basis_batches is None else basis_batches
+    sync_first = (not own and sync != "none") if sync_first is None else sync_first
+    transport = transport or ("row_mean" if own else "keep")
+    signal_rank = max(1, common.rank // 2) if signal_rank is None else signal_rank
+    floor = 1e-3 if floor is None else floor
     for name, value, accepted in (
         ("client_weights", client_weights, ("factored", "dense")),
         ("basis", basis, BASES),
@@ -151,15 +164,18 @@ def fedgalore(
         raise ValueError(f"rank={common.rank}: a server basis has learned and random columns, give >= 2")
     if own and refresh_rounds != 1:
         raise ValueError(f"refresh_rounds={refresh_rounds}: own bases are new every round, give 1")
+    if own and sync_first:
+        raise ValueError("sync_first=True needs a common basis: not with basis='own'")
+    if sync == "ajive" and common.rank < 2:
+        raise ValueError(f"rank={common.rank} leaves AJIVE no room: give rank >= 2, or sync=mean")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor={floor} is not usable: give a share from 0 to below 1")
     if own and transport == "squared_overlap":
         raise ValueError("transport='squared_overlap' needs a common old basis: not with basis='own'")
     if sync == "ajive" and not 1 <= signal_rank < common.rank:
         raise ValueError(f"signal_rank={signal_rank} must lie in 1..rank-1 (rank={common.rank})")
     if joint_rank is not None and not 0 <= joint_rank <= signal_rank:
         raise ValueError(f"joint_rank={joint_rank} must lie in 0..signal_rank ({signal_rank})")
-
-    def adapted(path: str) -> bool:
-        return common.role(path) == "adapt"
 
     def left(x: Array) -> Array:
         """Puts the subspace axis first and the shared axis last, and back."""
@@ -186,7 +202,7 @@ def fedgalore(
 
     def tx_dense():
         def mask(trainable):
-            return {path: adapted(path) for path in trainable}
+            return {path: common.role(path) == "adapt" for path in trainable}
 
         inside = in_subspace(common.clipped_adam(), common.rank, side=side, mask=mask)
 
@@ -275,7 +291,7 @@ def fedgalore(
                 stack = {path: nu.pop(path) for path in local.extra}
             mean["nu"] = nu
             if sync_first:
-                mean["mu"] = {k: v for k, v in adam.mu.items() if not (own and adapted(k))}
+                mean["mu"] = adam.mu
         return Upload(mean=mean, stack=stack), client_state
 
     def synchronised(adam: WarmAdamState, upload, cohort):
@@ -293,8 +309,9 @@ def fedgalore(
             if sync == "ajive":
                 ranks |= {f"joint_rank/{path}": rank[i] for i, path in enumerate(paths)}
         count = adam.count_v + cohort.steps
-        mu = jax.tree.map(jnp.zeros_like, adam.mu) | (upload.mean["mu"] if sync_first else {})
-        return WarmAdamState(count if sync_first else adam.count_m, count, mu, nu), ranks
+        if not sync_first:
+            return adam._replace(count_v=count, nu=nu), ranks
+        return WarmAdamState(count, count, upload.mean["mu"], nu), ranks
 
     def refreshed(extra: Extra, change: Flat, done: Array) -> Extra:
         """New bases, and the moments in their coordinates."""
@@ -312,21 +329,23 @@ def fedgalore(
             return extra._replace(basis=bases)
         mu, nu = dict(adam.mu), dict(adam.nu)
         for path in change:
-            old, new = (None, None) if own else (extra.basis[path], bases[path])
+            old: Any = None if own else extra.basis[path]
+            new: Any = None if own else bases[path]
             nu[path] = left(transported(left(nu[path]), old, new, transport))
-            if old is not None and new is not None:
-                mu[path] = left(jnp.swapaxes(new, -1, -2) @ (old @ left(mu[path])))
+            if sync_first:
+                mu[path] = left(_matmul(_matmul(jnp.swapaxes(new, -1, -2), old), left(mu[path])))
         return extra._replace(basis=bases, adam=adam._replace(mu=mu, nu=nu))
 
     def aggregate(state, upload, cohort):
         params, extra, moved = dict(state.params), state.extra, dict(upload.mean["change"])
         step = () if own or dense else dict(moved)
         adapt, _, _ = common.split(params)
-        shrunk = moved.pop("shrink", 0.0)
+        shrunk = moved.pop("shrink", None)
         for path in adapt:
             if not own and not dense:
                 moved[path] = merge(factors(extra.basis[path], moved[path]))
-            moved[path] = moved[path] + shrunk * params[path]
+            if shrunk is not None:
+                moved[path] = moved[path] + shrunk * params[path]
         params |= {path: (params[path] + d).astype(params[path].dtype) for path, d in moved.items()}
         metrics = {}
         if sync != "none":
@@ -356,7 +375,7 @@ def fedgalore(
         if sync != "none":
             sent["nu"] = adam.nu
             if sync_first:
-                sent["mu"] = {k: v for k, v in adam.mu.items() if not (own and adapted(k))}
+                sent["mu"] = adam.mu
         return sent
 
     return Strategy(init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down)
