@@ -13,7 +13,7 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
   up              rn (Z) + rn per synchronised moment; basis=own: + mr;
                   client_weights=dense: mn + rn per synchronised moment
   kept by client  nothing (the base model; a client that missed rounds replays or reloads it)
-  re-initialised  sync=none: both moments, every round; sync_first=false: the first moment
+  re-initialised  sync=none: both moments, every round; sync_first=false or basis=own: the first moment
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
 
