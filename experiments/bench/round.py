@@ -33,7 +33,7 @@ VARIANTS = {
     "dense": ("fedgalore", {"sync": "mean", "client_weights": "dense"}),
     "fedit": ("fedit", {}),
 }
-CLIENTS, STEPS, BATCH, RANK, REPEATS = 8, 10, 16, 8, 3
+CLIENTS, STEPS, BATCH, RANK, REPEATS = 8, 10, 16, 8, 2
 
 
 def measure(shape: str, variant: str) -> dict[str, float]:
