@@ -51,7 +51,7 @@ _TASKS = {
         "digits_vit",
         cross_entropy,
         metrics.classification,
-        lr={"fedavg": 1e-3, "fedgalore": 3e-3, "fedit": 3e-3},
+        lr={"fedavg": 1e-3, "fedgalore": 1e-2, "fedit": 3e-3},
     ),
 }
 
