@@ -161,7 +161,7 @@ def in_subspace(
 
         return inner.init(jax.tree.map(start, _plans(params, rank, side, mask), params))
 
-    def update(updates, state, params: Any = None, *, basis: Any = None, **extra_args):
+    def update(updates, state, params: Any = None, *, basis: Any, **extra_args):
         plans = _plans(updates, rank, side, mask)
         reduced = jax.tree.map(down, plans, updates, basis)
         if params is not None:  # compiled away where inner does not read them
@@ -169,7 +169,8 @@ def in_subspace(
         steps, state = inner.update(reduced, state, params, **extra_args)
         return jax.tree.map(up, plans, updates, steps, basis), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax's type of an update cannot say that an extra argument is required
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def scale_by_galore(
