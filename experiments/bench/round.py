@@ -1,10 +1,13 @@
-"""Seconds a round and peak memory of the client paths: `python -m experiments.bench.round`.
+"""Seconds a round and peak memory of the client paths.
+
+python -m experiments.bench.round [--steps=10] [--variants=factored,dense] [SHAPE ...]
 
 Every variant runs in a process of its own (peak memory is a process's), variants take turns, and the ratio
 columns compare medians of one run; on a shared machine absolute times say little. The encoder of the
 RoBERTa-tiny shape is fed patches in place of tokens: its products are what is measured.
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -33,10 +36,10 @@ VARIANTS = {
     "dense": ("fedgalore", {"sync": "mean", "client_weights": "dense"}),
     "fedit": ("fedit", {}),
 }
-CLIENTS, STEPS, BATCH, RANK, REPEATS = 8, 10, 16, 8, 2
+CLIENTS, BATCH, RANK, REPEATS = 8, 16, 8, 2
 
 
-def measure(shape: str, variant: str) -> dict[str, float]:
+def measure(shape: str, variant: str, steps: int) -> dict[str, float]:
     """One variant in this process: median seconds, peak and temporary memory."""
     import jax
     import numpy as np
@@ -58,12 +61,12 @@ def measure(shape: str, variant: str) -> dict[str, float]:
         fns.apply,
         engine.on_device(train),
         CLIENTS,
-        STEPS,
+        steps,
         CLIENTS,
     )
     state = engine.init(machine.strategy, fns.init(jax.random.key(0)), jax.random.key(1), CLIENTS)
     parts = np.split(np.arange(len(pixels)), CLIENTS)
-    plan = FederatedData(parts, 0).plan(range(1), CLIENTS, STEPS, BATCH)
+    plan = FederatedData(parts, 0).plan(range(1), CLIENTS, steps, BATCH)
     began = time.perf_counter()
     rounds = machine.programs()[0].lower(state, machine.train, plan, 1).compile()
     compiled = time.perf_counter() - began
@@ -82,24 +85,29 @@ def measure(shape: str, variant: str) -> dict[str, float]:
 
 def main() -> None:
     """Prints one table per shape."""
-    shapes = sys.argv[1:] or list(SHAPES)
-    if unknown := [shape for shape in shapes if shape not in SHAPES]:
-        sys.exit(f"unknown shape {unknown[0]!r}: choose from {', '.join(SHAPES)}")
-    for shape in shapes:
-        print(f"\n{shape}: {CLIENTS} clients x {STEPS} steps x batch {BATCH}, rank {RANK}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
+    parser.add_argument("--steps", type=int, default=10, help="local steps")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
+    args = parser.parse_args()
+    variants = args.variants.split(",")
+    if unknown := [*({*args.shapes} - {*SHAPES}), *({*variants} - {*VARIANTS})]:
+        parser.error(f"unknown {unknown[0]!r}: shapes {', '.join(SHAPES)}; variants {', '.join(VARIANTS)}")
+    for shape in args.shapes or SHAPES:
+        print(f"\n{shape}: {CLIENTS} clients x {args.steps} steps x batch {BATCH}, rank {RANK}")
         print(f"{'':16}{'s/round':>9}{'vs dense':>10}{'peak MB':>9}{'temp MB':>9}{'compile s':>11}")
         rows = {}
-        for variant in VARIANTS:
+        for variant in variants:
             code = (
                 "import json, sys; from experiments.bench.round import measure;"
-                f"print(json.dumps(measure({shape!r}, {variant!r})))"
+                f"print(json.dumps(measure({shape!r}, {variant!r}, {args.steps})))"
             )
             out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             if out.returncode:
                 sys.exit(out.stderr)
             rows[variant] = json.loads(out.stdout.splitlines()[-1])
         for variant, row in rows.items():
-            ratio = row["seconds"] / rows["dense"]["seconds"]
+            ratio = row["seconds"] / rows.get("dense", row)["seconds"]
             print(
                 f"{variant:16}{row['seconds']:9.2f}{ratio:10.2f}{row['peak']:9.0f}"
                 f"{row['temp']:9.0f}{row['compile']:11.1f}"
