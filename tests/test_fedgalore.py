@@ -12,7 +12,7 @@ from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import galore
 from fedgalore_jax.lowrank import random_basis
 from fedgalore_jax.strategies import build
-from fedgalore_jax.strategies.fedgalore import transported
+from fedgalore_jax.strategies.subspaces import transported
 from fedgalore_jax.types import LowRank
 
 EVERYTHING_ON = {

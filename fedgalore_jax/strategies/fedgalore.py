@@ -17,7 +17,6 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,16 +26,12 @@ import optax
 from fedgalore_jax import tree
 from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import in_subspace
-from fedgalore_jax.lowrank import FINDERS, leading_subspace, orthonormalise, random_basis
 from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
-from fedgalore_jax.shared_signal import METHODS, synchronise
+from fedgalore_jax.shared_signal import synchronise
 from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
-from fedgalore_jax.types import Adapted, Array, Flat, LowRank
-
-_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-BASES = ("shared", "server", "own")
-SYNCS = ("none", *METHODS)
-TRANSPORTS = ("keep", "row_mean", "squared_overlap")
+from fedgalore_jax.strategies.fedgalore_options import Options, resolve
+from fedgalore_jax.strategies.subspaces import Subspaces, transported
+from fedgalore_jax.types import Adapted, Array, Flat
 
 
 class Extra(NamedTuple):
@@ -67,20 +62,6 @@ class FedGaLoreState(NamedTuple):
     params: Flat
     extra: Extra
     round: Array
-
-
-def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
-    """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
-
-    Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
-    hence the normalisation by row [I] (the unnormalised rule is LDAdam's [V]).
-    """
-    if how == "keep":
-        return moment
-    if how == "row_mean":
-        return jnp.broadcast_to(moment.mean(-2, keepdims=True), moment.shape)
-    overlap = jnp.square(_matmul(jnp.swapaxes(new, -1, -2), old))
-    return _matmul(overlap / jnp.maximum(overlap.sum(-1, keepdims=True), 1e-12), moment)
 
 
 def fedgalore(
@@ -129,76 +110,11 @@ def fedgalore(
     Raises:
       ValueError: an unknown name, or options that contradict each other.
     """
+    given: tuple[Any, ...] = (client_weights, basis, refresh_rounds, finder, basis_batches, side)
+    given += (sync, sync_first, transport, signal_rank, joint_rank, floor)
+    o = resolve(Options(*given), common.rank)
+    space = Subspaces(common.rank, side)
     own, dense = basis == "own", client_weights == "dense"
-    extraction = {"signal_rank": signal_rank, "joint_rank": joint_rank, "floor": floor}
-    finding = {"finder": finder, "basis_batches": basis_batches}
-    carrying = {"sync_first": sync_first, "transport": transport}
-    for used, options, needed in (
-        (sync == "ajive", extraction, "sync=ajive"),
-        (own, finding, "basis=own"),
-        (sync != "none", carrying, "a sync that is not none"),
-    ):
-        for name, value in options.items():
-            if not used and value is not None:
-                raise ValueError(f"{name}={value!r} would have no effect: it needs {needed}")
-    refresh_rounds = (1 if own else 5) if refresh_rounds is None else refresh_rounds
-    finder, basis_batches = finder or "subspace", 1 if basis_batches is None else basis_batches
-    sync_first = (not own and sync != "none") if sync_first is None else sync_first
-    transport = transport or ("row_mean" if own else "keep")
-    signal_rank = max(1, common.rank // 2) if signal_rank is None else signal_rank
-    floor = 1e-3 if floor is None else floor
-    for name, value, accepted in (
-        ("client_weights", client_weights, ("factored", "dense")),
-        ("basis", basis, BASES),
-        ("finder", finder, FINDERS),
-        ("side", side, ("left", "right")),
-        ("sync", sync, SYNCS),
-        ("transport", transport, TRANSPORTS),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(accepted)}")
-    for name, value in (("refresh_rounds", refresh_rounds), ("basis_batches", basis_batches)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if basis == "server" and common.rank < 2:
-        raise ValueError(f"rank={common.rank}: a server basis has learned and random columns, give >= 2")
-    if own and refresh_rounds != 1:
-        raise ValueError(f"refresh_rounds={refresh_rounds}: own bases are new every round, give 1")
-    if own and sync_first:
-        raise ValueError("sync_first=True needs a common basis: not with basis='own'")
-    if sync == "ajive" and common.rank < 2:
-        raise ValueError(f"rank={common.rank} leaves AJIVE no room: give rank >= 2, or sync=mean")
-    if not 0 <= floor < 1:
-        raise ValueError(f"floor={floor} is not usable: give a share from 0 to below 1")
-    if own and transport == "squared_overlap":
-        raise ValueError("transport='squared_overlap' needs a common old basis: not with basis='own'")
-    if sync == "ajive" and not 1 <= signal_rank < common.rank:
-        raise ValueError(f"signal_rank={signal_rank} must lie in 1..rank-1 (rank={common.rank})")
-    if joint_rank is not None and not 0 <= joint_rank <= signal_rank:
-        raise ValueError(f"joint_rank={joint_rank} must lie in 0..signal_rank ({signal_rank})")
-
-    def left(x: Array) -> Array:
-        """Puts the subspace axis first and the shared axis last, and back."""
-        return x if side == "left" else jnp.swapaxes(x, -1, -2)
-
-    def factors(p: Array, z: Array) -> LowRank:
-        return LowRank(p, z) if side == "left" else LowRank(z, jnp.swapaxes(p, -1, -2))
-
-    def subspaces(matrices: Flat, key: Array, how: str, rank: int) -> Flat:
-        return {
-            path: leading_subspace(left(w), rank, finder=how, key=jax.random.fold_in(key, i))
-            for i, (path, w) in enumerate(matrices.items())
-        }
-
-    def random_bases(matrices: Flat, key: Array, rank: int) -> Flat:
-        """A function of key and shapes alone: one draw for all bases of one shape."""
-        columns, bases = {path: left(w)[..., 0] for path, w in matrices.items()}, {}
-        for i, paths in enumerate(tree.by_shape(columns)):
-            like = columns[paths[0]]
-            shape = (len(paths), *like.shape)
-            drawn = random_basis(jax.random.fold_in(key, i), shape, rank, like.dtype)
-            bases |= dict(zip(paths, drawn, strict=True))
-        return bases
 
     def tx_dense():
         def mask(trainable):
@@ -219,25 +135,18 @@ def fedgalore(
         """Where local training starts: Z = 0 next to a kernel, or the kernel itself."""
         if dense:
             return adapt | train
-        shapes = {path: (*w.shape[:-2], common.rank, left(w).shape[-1]) for path, w in adapt.items()}
-        zeros = {path: left(jnp.zeros(shape, adapt[path].dtype)) for path, shape in shapes.items()}
         shrink = {"shrink": jnp.ones(())} if common.weight_decay else {}
-        return zeros | train | shrink
+        return space.zeros(adapt) | train | shrink
 
     def init(params, key, num_clients):
         del num_clients
         flat = tree.flatten(params)
         adapt, train, _ = common.split(flat)
-        for path, w in adapt.items():
-            if common.rank >= left(w).shape[-2]:
-                raise ValueError(
-                    f"rank={common.rank} is no subspace of the {side} side of {path} {w.shape}: "
-                    f"give less than {left(w).shape[-2]}"
-                )
+        space.check(adapt)
         trainable = starting(adapt, train)
         adam = () if sync == "none" else adam_state(tx.init(trainable))
         step = () if own or dense else jax.tree.map(jnp.zeros_like, trainable)
-        bases = () if own else random_bases(adapt, jax.random.fold_in(key, 0), common.rank)
+        bases = () if own else space.random(adapt, jax.random.fold_in(key, 0))
         return FedGaLoreState(flat, Extra(adam, bases, step, key), jnp.zeros((), jnp.int32))
 
     def broadcast(state):
@@ -252,7 +161,7 @@ def fedgalore(
         shrink = rest.pop("shrink", None)
 
         def kernel(path, p):
-            base, pair, c = download.frozen[path], factors(p, rest[path]), None
+            base, pair, c = download.frozen[path], space.factors(p, rest[path]), None
             if shrink is not None:
                 c = jnp.broadcast_to(jax.lax.stop_gradient(shrink), base.shape[:-2])
             return Adapted(base, pair.a, pair.b, c)
@@ -271,9 +180,9 @@ def fedgalore(
                 return ops.grad(lambda kernels: tree.unflatten(model | kernels), adapt, j)
 
             total = gradient(0)
-            for j in range(1, basis_batches):
+            for j in range(1, o.basis_batches):
                 total = jax.tree.map(jnp.add, total, gradient(j))
-            bases = subspaces(total, ops.key, finder, common.rank)
+            bases = space.leading(total, ops.key, o.finder)
         opt = tx.init(download.trainable)
         if sync != "none":
             opt = with_adam_state(opt, download.extra.adam)
@@ -283,14 +192,14 @@ def fedgalore(
         del ops
         moved, adam = change(download, local), adam_state(local.opt)
         if own and not dense:
-            moved |= {path: factors(p, moved[path]) for path, p in local.extra.items()}
+            moved |= {path: space.factors(p, moved[path]) for path, p in local.extra.items()}
         mean, stack = {"change": moved}, ()
         if sync != "none":
             nu = dict(adam.nu)
             if sync != "mean":
                 stack = {path: nu.pop(path) for path in local.extra}
             mean["nu"] = nu
-            if sync_first:
+            if o.sync_first:
                 mean["mu"] = adam.mu
         return Upload(mean=mean, stack=stack), client_state
 
@@ -298,42 +207,38 @@ def fedgalore(
         nu, ranks, rows = dict(upload.mean["nu"]), {}, dict(upload.stack or {})
         for paths in tree.by_shape(rows):
             synced, rank = synchronise(
-                left(jnp.stack([rows[path] for path in paths], 1)),
+                space.left(jnp.stack([rows[path] for path in paths], 1)),
                 cohort.weights,
                 method=sync,
-                signal_rank=signal_rank,
-                joint_rank=joint_rank,
-                floor=floor,
+                signal_rank=o.signal_rank,
+                joint_rank=o.joint_rank,
+                floor=o.floor,
             )
-            nu |= dict(zip(paths, left(synced), strict=True))
+            nu |= dict(zip(paths, space.left(synced), strict=True))
             if sync == "ajive":
                 ranks |= {f"joint_rank/{path}": rank[i] for i, path in enumerate(paths)}
         count = adam.count_v + cohort.steps
-        if not sync_first:
+        if not o.sync_first:
             return adam._replace(count_v=count, nu=nu), ranks
         return WarmAdamState(count, count, upload.mean["mu"], nu), ranks
 
     def refreshed(extra: Extra, change: Flat, done: Array) -> Extra:
         """New bases, and the moments in their coordinates."""
-        key, adam = jax.random.fold_in(extra.seed, done // refresh_rounds), extra.adam
+        key, adam = jax.random.fold_in(extra.seed, done // o.refresh_rounds), extra.adam
         bases: Any = ()
         if basis == "shared":
-            bases = random_bases(change, key, common.rank)
+            bases = space.random(change, key)
         if basis == "server":
-            kept = subspaces(change, key, "subspace", common.rank - common.rank // 2)
-            fresh = random_bases(change, jax.random.fold_in(key, len(change)), common.rank // 2)
-            bases = {
-                path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()
-            }
+            bases = space.explored(change, key)
         if sync == "none":
             return extra._replace(basis=bases)
         mu, nu = dict(adam.mu), dict(adam.nu)
         for path in change:
             old: Any = None if own else extra.basis[path]
             new: Any = None if own else bases[path]
-            nu[path] = left(transported(left(nu[path]), old, new, transport))
-            if sync_first:
-                mu[path] = left(_matmul(_matmul(jnp.swapaxes(new, -1, -2), old), left(mu[path])))
+            nu[path] = space.left(transported(space.left(nu[path]), old, new, o.transport))
+            if o.sync_first:
+                mu[path] = space.rotated(mu[path], old, new)
         return extra._replace(basis=bases, adam=adam._replace(mu=mu, nu=nu))
 
     def aggregate(state, upload, cohort):
@@ -343,7 +248,7 @@ def fedgalore(
         shrunk = moved.pop("shrink", None)
         for path in adapt:
             if not own and not dense:
-                moved[path] = merge(factors(extra.basis[path], moved[path]))
+                moved[path] = merge(space.factors(extra.basis[path], moved[path]))
             if shrunk is not None:
                 moved[path] = moved[path] + shrunk * params[path]
         params |= {path: (params[path] + d).astype(params[path].dtype) for path, d in moved.items()}
@@ -353,7 +258,7 @@ def fedgalore(
             extra = extra._replace(adam=adam)
         done = state.round + 1
         extra = jax.lax.cond(
-            done % refresh_rounds == 0,
+            done % o.refresh_rounds == 0,
             lambda: refreshed(extra, {path: moved[path] for path in adapt}, done),
             lambda: extra,
         )
@@ -374,7 +279,7 @@ def fedgalore(
             sent["basis"] = bases
         if sync != "none":
             sent["nu"] = adam.nu
-            if sync_first:
+            if o.sync_first:
                 sent["mu"] = adam.mu
         return sent
 

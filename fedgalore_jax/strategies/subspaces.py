@@ -1,0 +1,108 @@
+"""The subspaces that gradient-subspace methods train in: one basis `P` for every adapted kernel.
+
+In the in x out layout a basis lies on the "left" (input side, `P [m, r]`, `Z [r, n]`) or on the "right"
+(output side, `P [n, r]`, `Z [m, r]`); everything here hides which.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedgalore_jax import tree
+from fedgalore_jax.lowrank import leading_subspace, orthonormalise, random_basis
+from fedgalore_jax.types import Array, Flat, LowRank
+
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+SIDES = ("left", "right")
+TRANSPORTS = ("keep", "row_mean", "squared_overlap")
+
+
+class Subspaces(NamedTuple):
+    """Where the bases lie and how large they are.
+
+    Attributes:
+      rank: r.
+      side: one of `SIDES`.
+    """
+
+    rank: int
+    side: str = "left"
+
+    def left(self, x: Array) -> Array:
+        """Puts the subspace axis first and the shared axis last, and back."""
+        return x if self.side == "left" else jnp.swapaxes(x, -1, -2)
+
+    def factors(self, p: Array, z: Array) -> LowRank:
+        """`P Z`, or `Z Pᵀ`, as factors of an in x out matrix."""
+        return LowRank(p, z) if self.side == "left" else LowRank(z, jnp.swapaxes(p, -1, -2))
+
+    def zeros(self, kernels: Flat) -> Flat:
+        """Z = 0 for every kernel `[..., m, n]`."""
+        shapes = {path: (*w.shape[:-2], self.rank, self.left(w).shape[-1]) for path, w in kernels.items()}
+        return {path: self.left(jnp.zeros(shape, kernels[path].dtype)) for path, shape in shapes.items()}
+
+    def check(self, kernels: Flat) -> None:
+        """Raises a ValueError for a kernel whose side is no larger than the rank."""
+        for path, w in kernels.items():
+            if self.rank >= (size := self.left(w).shape[-2]):
+                raise ValueError(
+                    f"rank={self.rank} is no subspace of the {self.side} side of {path} {w.shape}: "
+                    f"give less than {size}"
+                )
+
+    def random(self, kernels: Flat, key: Array, rank: int | None = None) -> Flat:
+        """Uniformly distributed bases, a function of key and shapes alone: a seed is all that travels.
+
+        Kernels of one shape share a draw, so that a program compiles it once per shape.
+        """
+        columns, bases = {path: self.left(w)[..., 0] for path, w in kernels.items()}, {}
+        for i, paths in enumerate(tree.by_shape(columns)):
+            like = columns[paths[0]]
+            shape = (len(paths), *like.shape)
+            drawn = random_basis(jax.random.fold_in(key, i), shape, rank or self.rank, like.dtype)
+            bases |= dict(zip(paths, drawn, strict=True))
+        return bases
+
+    def leading(self, matrices: Flat, key: Array, finder: str, rank: int | None = None) -> Flat:
+        """Bases of the leading singular subspaces of `matrices`, see `lowrank.leading_subspace`."""
+        return {
+            path: leading_subspace(
+                self.left(w), rank or self.rank, finder=finder, key=jax.random.fold_in(key, i)
+            )
+            for i, (path, w) in enumerate(matrices.items())
+        }
+
+    def explored(self, matrices: Flat, key: Array) -> Flat:
+        """Bases half of leading directions, half random: what is trained in them can leave their span."""
+        kept = self.leading(matrices, key, "subspace", self.rank - self.rank // 2)
+        fresh = self.random(matrices, jax.random.fold_in(key, len(matrices)), self.rank // 2)
+        return {path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()}
+
+    def rotated(self, moment: Array, old: Array, new: Array) -> Array:
+        """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap."""
+        overlap = _matmul(jnp.swapaxes(new, -1, -2), old)
+        return self.left(_matmul(overlap, self.left(moment)))
+
+
+def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
+    """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
+
+    Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
+    hence the normalisation by row [I] (the unnormalised rule is LDAdam's [V]).
+
+    Args:
+      moment: non-negative, rows belong to the columns of `old`.
+      old, new: the bases; only "squared_overlap" reads them.
+      how: one of `TRANSPORTS`.
+
+    Returns:
+      `[..., r, n]`.
+    """
+    if how == "keep":
+        return moment
+    if how == "row_mean":
+        return jnp.broadcast_to(moment.mean(-2, keepdims=True), moment.shape)
+    overlap = jnp.square(_matmul(jnp.swapaxes(new, -1, -2), old))
+    return _matmul(overlap / jnp.maximum(overlap.sum(-1, keepdims=True), 1e-12), moment)
