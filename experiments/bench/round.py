@@ -1,10 +1,11 @@
 """Seconds a round and peak memory of the client paths.
 
-python -m experiments.bench.round [--steps=10] [--variants=factored,dense] [SHAPE ...]
+python -m experiments.bench.round [--steps=10] [--repeats=5] [--variants=factored,dense] [SHAPE ...]
 
-Every variant runs in a process of its own (peak memory is a process's), variants take turns, and the ratio
-columns compare medians of one run; on a shared machine absolute times say little. The encoder of the
-RoBERTa-tiny shape is fed patches in place of tokens: its products are what is measured.
+Every variant has a process of its own (peak memory is a process's), and the processes take turns, a round
+each: the ratio column is the median over turns of this variant's seconds over dense's in the same turn. On
+a shared machine absolute times say little. The encoder of the RoBERTa-tiny shape is fed patches in place of
+tokens: its products are what is measured.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 SHAPES = {
     "digits-vit": dict(
@@ -36,11 +38,11 @@ VARIANTS = {
     "dense": ("fedgalore", {"sync": "mean", "client_weights": "dense"}),
     "fedit": ("fedit", {}),
 }
-CLIENTS, BATCH, RANK, REPEATS = 8, 16, 8, 2
+CLIENTS, BATCH, RANK = 8, 16, 8
 
 
-def measure(shape: str, variant: str, steps: int) -> dict[str, float]:
-    """One variant in this process: median seconds, peak and temporary memory."""
+def serve(shape: str, variant: str, steps: int) -> None:
+    """One variant in this process: says what compiling took, then runs a round for every line it reads."""
     import jax
     import numpy as np
 
@@ -70,17 +72,33 @@ def measure(shape: str, variant: str, steps: int) -> dict[str, float]:
     began = time.perf_counter()
     rounds = machine.programs()[0].lower(state, machine.train, plan, 1).compile()
     compiled = time.perf_counter() - began
-    times = []
-    for _ in range(REPEATS + 1):
+    jax.block_until_ready(rounds(state, machine.train, plan, 1))
+    print(json.dumps([compiled, rounds.memory_analysis().temp_size_in_bytes / 1e6]), flush=True)
+    for _ in sys.stdin:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(rounds(state, machine.train, plan, 1))
-        times.append(time.perf_counter() - began)
-    return {
-        "seconds": statistics.median(times[1:]),
-        "compile": compiled,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        "temp": rounds.memory_analysis().temp_size_in_bytes / 1e6,
-    }
+        seconds = time.perf_counter() - began
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]), flush=True)
+
+
+class Server:
+    """A process that runs rounds of one variant on demand."""
+
+    def __init__(self, shape: str, variant: str, steps: int):
+        code = f"from experiments.bench.round import serve; serve({shape!r}, {variant!r}, {steps})"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
+        self.compiled, self.temporary = self.answer()
+
+    def round(self) -> tuple[float, float]:
+        """Seconds of one round, and the process's peak memory so far in MB."""
+        print("go", file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> tuple[float, float]:
+        """The next line of the process; its own traceback stands on stderr if there is none."""
+        line = self.process.stdout.readline()
+        return tuple(json.loads(line)) if line else sys.exit(1)
 
 
 def main() -> None:
@@ -88,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--steps", type=int, default=10, help="local steps")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
     args = parser.parse_args()
     variants = args.variants.split(",")
@@ -95,22 +114,19 @@ def main() -> None:
         parser.error(f"unknown {unknown[0]!r}: shapes {', '.join(SHAPES)}; variants {', '.join(VARIANTS)}")
     for shape in args.shapes or SHAPES:
         print(f"\n{shape}: {CLIENTS} clients x {args.steps} steps x batch {BATCH}, rank {RANK}")
-        print(f"{'':16}{'s/round':>9}{'vs dense':>10}{'peak MB':>9}{'temp MB':>9}{'compile s':>11}")
-        rows = {}
-        for variant in variants:
-            code = (
-                "import json, sys; from experiments.bench.round import measure;"
-                f"print(json.dumps(measure({shape!r}, {variant!r}, {args.steps})))"
-            )
-            out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            if out.returncode:
-                sys.exit(out.stderr)
-            rows[variant] = json.loads(out.stdout.splitlines()[-1])
-        for variant, row in rows.items():
-            ratio = row["seconds"] / rows.get("dense", row)["seconds"]
+        print(
+            f"{'':16}{'s/round':>9}{'vs dense':>10}{'range':>16}{'peak MB':>9}{'temp MB':>9}{'compile s':>11}"
+        )
+        servers = {variant: Server(shape, variant, args.steps) for variant in variants}
+        turns = [{v: server.round() for v, server in servers.items()} for _ in range(args.repeats)]
+        for variant, server in servers.items():
+            server.process.stdin.close()
+            seconds = statistics.median(turn[variant][0] for turn in turns)
+            ratios = [turn[variant][0] / turn.get("dense", turn[variant])[0] for turn in turns]
             print(
-                f"{variant:16}{row['seconds']:9.2f}{ratio:10.2f}{row['peak']:9.0f}"
-                f"{row['temp']:9.0f}{row['compile']:11.1f}"
+                f"{variant:16}{seconds:9.2f}{statistics.median(ratios):10.2f}"
+                f"{min(ratios):8.2f} to {max(ratios):.2f}{turns[-1][variant][1]:9.0f}"
+                f"{server.temporary:9.0f}{server.compiled:11.1f}"
             )
 
 
