@@ -95,9 +95,9 @@ def operands(jaxpr):
             yield from operands(inner)
 
 
-@pytest.mark.parametrize("unroll", [1, True])
-def test_base_stays_one_product_under_vmap(unroll):
-    params, apply = model()[1], vit.build(CONFIG, unroll=unroll).apply
+@pytest.mark.parametrize("options", [{"scan_layers": True}, {"scan_layers": False}, {"remat": True}])
+def test_base_stays_one_product_under_vmap(options):
+    params, apply = model()[1], vit.build(CONFIG, **options).apply
 
     def loss(factors, params, images):
         return jnp.square(apply(adapted(params, factors), {"pixel_values": images})).mean()
@@ -130,7 +130,7 @@ RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 def test_dropout_follows_the_key_and_each_rate_counts(rates):
     shallow = dataclasses.replace(CONFIG, num_hidden_layers=1)
     params = model(shallow)[1]
-    fns = vit.build(dataclasses.replace(shallow, **dict.fromkeys(rates, 0.2)), unroll=1)
+    fns = vit.build(dataclasses.replace(shallow, **dict.fromkeys(rates, 0.2)), scan_layers=True)
     dry = logits_of(model(shallow)[0], params)
     keys = jax.random.split(KEY, CLIENTS)[jnp.array([0, 0, 1, 2])]
     clients = jax.jit(jax.vmap(lambda key: fns.apply(params, {"pixel_values": pixels()}, key=key)))
@@ -172,6 +172,6 @@ def test_dropout_keeps_the_mean():
 
 def test_unrolling_changes_no_number():
     params = model()[1]
-    scanned, pairs, unrolled = (logits_of(vit.build(CONFIG, unroll=n), params) for n in (1, 2, True))
-    close(scanned, pairs)
+    scanned, few, unrolled = (logits_of(vit.build(CONFIG, scan_layers=s), params) for s in (True, None, False))
+    close(scanned, few)
     close(scanned, unrolled)

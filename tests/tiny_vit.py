@@ -36,7 +36,7 @@ def pixels(seed=1, config=CONFIG):
 @functools.cache
 def model(config=CONFIG):
     """Scanned, which compiles sooner than unrolled; no bias is 0 and no scale 1, as init has them."""
-    fns, rng = vit.build(config, unroll=1), np.random.default_rng(2)
+    fns, rng = vit.build(config, scan_layers=True), np.random.default_rng(2)
     shapes = jax.eval_shape(fns.init, KEY)
     return fns, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 

@@ -5,12 +5,13 @@ import json
 import pathlib
 from typing import Any
 
-from fedgalore_jax.models import vit
+from fedgalore_jax.models import bert, deit, roberta, vit
 
-FAMILIES = {"vit": vit}
+FAMILIES = {"bert": bert, "deit": deit, "roberta": roberta, "vit": vit}
 """Hugging Face's `model_type` to the module that knows the family."""
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
 def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
     Args:
       path: a Hugging Face directory.
       num_labels: replaces the labels where it differs from their number.
-      dropout: replaces both dropout probabilities.
+      dropout: replaces all dropout probabilities.
 
     Raises:
       ValueError: one line that names the file, all that is wrong with it, and the remedy.
@@ -41,15 +42,21 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
             labels = _numbered(num_labels)
         raw["labels"] = [labels[i] for i in sorted(labels, key=int)]
         if dropout is not None:
-            raw |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+            raw |= dict.fromkeys(DROPOUTS, dropout)
         return family, _fill(family.Config, raw)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
 
 
+def family_of(config: Any) -> Any:
+    """The module whose `Config` this is."""
+    return next(f for f in FAMILIES.values() if type(config) is f.Config)
+
+
 def to_json(config: Any) -> dict[str, dict]:
     """The JSON files that belong beside the weights, by name."""
-    model_type, family = next((t, f) for t, f in FAMILIES.items() if isinstance(config, f.Config))
+    family = family_of(config)
+    model_type = next(t for t, f in FAMILIES.items() if f is family)
     files = family.files(config)
     labels = files[CONFIG].pop("labels")
     files[CONFIG] |= {
@@ -70,11 +77,11 @@ def _fill(cls: type, raw: dict) -> Any:
     """Fills in a dataclass; keys it does not know are left out, all problems raised at once."""
     values, problems = {}, []
     for field in dataclasses.fields(cls):
-        if field.name not in raw:
-            if field.default is dataclasses.MISSING:
+        value, required = raw.get(field.name), field.default is dataclasses.MISSING
+        if field.name not in raw or (value is None and not required):  # null stands for the default
+            if required:
                 problems.append(f"{field.name} is missing")
             continue
-        value = raw[field.name]
         if field.type is tuple and isinstance(value, list):
             value = tuple(value)
         if field.type is float and type(value) is int:

@@ -23,23 +23,53 @@ class ModelFns(NamedTuple):
       init: `init(key) -> params`, freshly drawn.
       apply: `apply(params, inputs, *, key=None) -> logits [B, num_labels]` (float32 or wider).
         `inputs` has Hugging Face's names. With a key it is training mode (dropout), with None it is
-        deterministic. Any kernel may be an `Adapted`. Products run in the dtype of the embeddings.
+        deterministic. Any kernel may be an `Adapted`.
+      precision: what products run in, one of `PRECISIONS`; parameters keep their own dtype.
     """
 
     config: Any
     init: Callable[[Array], Params]
     apply: Callable[..., Array]
+    precision: str = "float32"
 
 
-class Transform(NamedTuple):
-    """How a Hugging Face tensor becomes one of our leaves, and back; written with array methods."""
-
-    load: Callable[[Any], Any]
-    save: Callable[[Any], Any]
+PRECISIONS = ("float32", "bf16")
+"""What products run in. Softmax, statistics of norms and logits are in float32 or wider in both."""
 
 
-KEEP = Transform(lambda x: x, lambda x: x)
-TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)
+def caster(precision: str) -> Callable[[Array], Array]:
+    """The cast of an array to the dtype that products run in; layers then keep to it.
+
+    "float32" means float32 or, where parameters are wider, theirs.
+
+    Raises:
+      ValueError: a precision that is not one of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "bf16":
+        return lambda x: x.astype(jnp.bfloat16)
+    return wide
+
+
+def wide(x: Array) -> Array:
+    """`x` in float32, or as it is where it is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+Transform = Callable[[Any], Any]
+"""One of our leaves in Hugging Face's layout. It must be a view: loading writes through it, so that a
+tensor goes from the file to its place in a stack of layers without a copy in between."""
+
+
+def KEEP(x):
+    """The same layout."""
+    return x
+
+
+def TRANSPOSE(x):
+    """A kernel is in x out here, out x in there."""
+    return x.T
 
 
 class Part(NamedTuple):
@@ -68,8 +98,25 @@ def init_stack(layer: Part, key: Array, depth: int) -> Params:
     return jax.vmap(layer.init)(jax.random.split(key, depth))
 
 
+def unroll(depth: int, scan_layers: bool | None) -> int:
+    """How many layers each turn of the scan over layers holds.
+
+    Args:
+      depth: the number of layers.
+      scan_layers: True holds one, so that compile time does not grow with depth; False all of them;
+        None up to four: a small model, unrolled, runs a quarter faster on a CPU.
+    """
+    return {True: 1, False: depth, None: min(depth, 4)}[scan_layers]
+
+
 def apply_stack(
-    layer: Part, params: Params, x: Array, *, key: Array | None = None, unroll: int | bool = 1
+    layer: Part,
+    params: Params,
+    x: Array,
+    *,
+    key: Array | None = None,
+    unroll: int = 1,
+    remat: bool = False,
 ) -> Array:
     """Runs stacked layers one after another with a scan; the depth is that of `params`.
 
@@ -79,6 +126,7 @@ def apply_stack(
       x: `[B, L, D]`.
       key: each layer gets its own, folded in by its number; None for all is deterministic.
       unroll: as `jax.lax.scan` takes it; the tree of parameters is the same whatever it is.
+      remat: keep only each layer's input for the backward pass, and compute the layer again there.
 
     Returns:
       `[B, L, D]`.
@@ -89,5 +137,7 @@ def apply_stack(
         layer_key = None if key is None else jax.random.fold_in(key, number)
         return layer.bind(weights)(x, key=layer_key), None
 
+    if remat:
+        step = jax.checkpoint(step)
     depth = jax.tree.leaves(params)[0].shape[0]
     return jax.lax.scan(step, x, (jnp.arange(depth), params), unroll=unroll)[0]

@@ -46,6 +46,8 @@ class Config:
     image_std: tuple = (0.5, 0.5, 0.5)
     labels: tuple = ("LABEL_0", "LABEL_1")
 
+    special_tokens = ("cls_token",)  # of the family, in front of the patches
+
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r}: use one of {', '.join(ACTIVATIONS)}")
@@ -60,26 +62,29 @@ class Config:
 
 
 class Embeddings(nnx.Module):
-    """Patches to tokens, with the CLS token in front and positions added.
+    """Patches to tokens, with special tokens in front and positions added.
 
-    Parameters: `projection` (a `Linear` of `[p * p * channels, D]`), `cls_token [1, 1, D]` and
-    `position_embeddings [1, L, D]`.
+    Parameters: `projection` (a `Linear` of `[p * p * channels, D]`), `[1, 1, D]` for each of
+    `config.special_tokens`, such as `cls_token`, and `position_embeddings [1, L, D]`.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, std, p = config.hidden_size, config.initializer_range, config.patch_size
-        tokens = (config.image_size // p) ** 2 + 1
+        patches = (config.image_size // p) ** 2
 
         def token(count):
             return nnx.Param(std * normal(rngs.params(), (1, count, width)))
 
         self.projection = Linear(p * p * config.num_channels, width, std=std, rngs=rngs)
-        self.cls_token, self.position_embeddings = token(1), token(tokens)
+        for name in config.special_tokens:
+            setattr(self, name, token(1))
+        self.position_embeddings = token(patches + len(config.special_tokens))
         self.config = config
 
     def __call__(self, pixels: Array, *, key: Array | None = None) -> Array:
         """`[B, image_size, image_size, channels]` to `[B, L, D]`."""
-        cls, positions = self.cls_token.get_value(), self.position_embeddings.get_value()
+        special = [getattr(self, name).get_value() for name in self.config.special_tokens]
+        positions = self.position_embeddings.get_value()
         batch, *image = pixels.shape
         size, p, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
         if image != [size, size, channels]:
@@ -88,10 +93,10 @@ class Embeddings(nnx.Module):
                 " images of that size, or resize them"
             )
         # A convolution whose stride is its size is a product over unfolded patches.
-        grid = pixels.astype(cls.dtype).reshape(batch, size // p, p, size // p, p, channels)
+        grid = pixels.astype(positions.dtype).reshape(batch, size // p, p, size // p, p, channels)
         patches = grid.swapaxes(2, 3).reshape(batch, -1, p * p * channels)
-        cls = jnp.broadcast_to(cls, (batch, 1, cls.shape[-1]))
-        tokens = jnp.concatenate([cls, self.projection(patches)], axis=1)
+        special = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in special]
+        tokens = jnp.concatenate([*special, self.projection(patches)], axis=1)
         return dropout(tokens + positions, self.config.hidden_dropout_prob, key)
 
 
@@ -124,13 +129,16 @@ class Layer(nnx.Module):
         return x + dropout(y, rate, keys[2])
 
 
-def build(config: Config, *, unroll: int | bool = 4) -> ModelFns:
+def build(
+    config: Config, *, precision: str = "float32", scan_layers: bool | None = None, remat: bool = False
+) -> ModelFns:
     """The model of a configuration.
 
     Args:
       config: its sizes.
-      unroll: how many layers each turn of the scan over layers holds. No parameter's name or shape
-        depends on it; a small model, unrolled, runs a quarter faster on a CPU.
+      precision: what products run in, "float32" or "bf16"; see `ModelFns`.
+      scan_layers: see `functional.unroll`. No parameter's name or shape depends on it.
+      remat: compute each layer again in the backward pass instead of keeping what is inside it.
 
     Returns:
       `ModelFns` whose `apply` reads `inputs["pixel_values"] [B, image_size, image_size, channels]`,
@@ -140,6 +148,7 @@ def build(config: Config, *, unroll: int | bool = 4) -> ModelFns:
     embeddings, layer = (functional.part(functools.partial(m, config)) for m in (Embeddings, Layer))
     norm = functional.part(functools.partial(LayerNorm, width, eps=config.layer_norm_eps))
     head = functional.part(functools.partial(Linear, width, len(config.labels), std=std))
+    cast, unroll = functional.caster(precision), functional.unroll(depth, scan_layers)
 
     def init(key: Array) -> Params:
         keys = jax.random.split(key, 4)
@@ -152,32 +161,33 @@ def build(config: Config, *, unroll: int | bool = 4) -> ModelFns:
 
     def apply(params: Params, inputs: Batch, *, key: Array | None = None) -> Array:
         keys = (None, None) if key is None else jax.random.split(key)
-        x = embeddings.bind(params["embeddings"])(inputs["pixel_values"], key=keys[0])
-        x = functional.apply_stack(layer, params["layers"], x, key=keys[1], unroll=unroll)
-        logits = head.bind(params["classifier"])(norm.bind(params["layernorm"])(x[:, 0]))
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        embed = embeddings.bind(jax.tree.map(cast, params["embeddings"]))
+        x = embed(inputs["pixel_values"], key=keys[0])
+        x = functional.apply_stack(layer, params["layers"], x, key=keys[1], unroll=unroll, remat=remat)
+        return head.bind(params["classifier"])(norm.bind(params["layernorm"])(functional.wide(x[:, 0])))
 
-    return ModelFns(config, init, apply)
+    return ModelFns(config, init, apply, precision)
 
 
-def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
-    """Rows of our path (a regex), Hugging Face's name, and how a tensor changes in between."""
+def table(config: Config, prefix: str = PREFIX) -> tuple[tuple[str, str, Transform], ...]:
+    """Rows of our path (a regex), Hugging Face's name, and their view of our leaf."""
     p, channels = config.patch_size, config.num_channels
-    unfold = Transform(
-        lambda conv: conv.transpose(2, 3, 1, 0).reshape(-1, conv.shape[0]),
-        lambda kernel: kernel.reshape(p, p, channels, -1).transpose(3, 2, 0, 1),
-    )
-    layer, patches = "vit.encoder.layer.{layer}.", "vit.embeddings.patch_embeddings.projection."
+
+    def fold(kernel):
+        return kernel.reshape(p, p, channels, -1).transpose(3, 2, 0, 1)
+
+    layer, embeddings = prefix + "encoder.layer.{layer}.", prefix + "embeddings."
+    patches = embeddings + "patch_embeddings.projection."
     linears = (
         (r"layers/attention/(query|key|value)", layer + r"attention.attention.\1"),
         (r"layers/attention/output", layer + "attention.output.dense"),
         (r"layers/(intermediate|output)", layer + r"\1.dense"),
         (r"(classifier)", r"\1"),
     )
-    norms = ((r"layers/(layernorm_\w+)", layer + r"\1"), (r"(layernorm)", r"vit.\1"))
+    norms = ((r"layers/(layernorm_\w+)", layer + r"\1"), (r"(layernorm)", prefix + r"\1"))
     return (
-        (r"embeddings/(cls_token|position_embeddings)", r"vit.embeddings.\1", KEEP),
-        (r"embeddings/projection/kernel", patches + "weight", unfold),
+        (r"embeddings/(\w+_token|position_embeddings)", embeddings + r"\1", KEEP),
+        (r"embeddings/projection/kernel", patches + "weight", fold),
         (r"embeddings/projection/bias", patches + "bias", KEEP),
         *((f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE) for ours, theirs in linears),
         *((f"{ours}/scale", f"{theirs}.weight", KEEP) for ours, theirs in norms),
@@ -185,14 +195,14 @@ def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
     )
 
 
-def files(config: Config) -> dict[str, dict]:
+def files(config: Config, name: str = "ViT") -> dict[str, dict]:
     """The JSON files beside the weights, by name; labels and the model type are added by `save`."""
     fields = dataclasses.asdict(config)
     mean, std = fields.pop("image_mean"), fields.pop("image_std")
     return {
-        "config.json": fields | {"architectures": ["ViTForImageClassification"]},
+        "config.json": fields | {"architectures": [f"{name}ForImageClassification"]},
         "preprocessor_config.json": {
-            "image_processor_type": "ViTImageProcessor",
+            "image_processor_type": f"{name}ImageProcessor",
             "do_resize": True,
             "size": {"height": config.image_size, "width": config.image_size},
             "do_rescale": True,

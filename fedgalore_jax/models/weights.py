@@ -4,27 +4,27 @@ A family is a module with `Config`, `build`, `table`, `files`, `PREFIX`, `HEAD` 
 `vit.py`); adding one means writing that module and naming it in `configs.FAMILIES`.
 """
 
-import collections
 import json
 import logging
+import math
 import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from fedgalore_jax import tree
-from fedgalore_jax.models import configs
+from fedgalore_jax.models import configs, tensors
 from fedgalore_jax.models.functional import ModelFns, Transform
+from fedgalore_jax.models.tensors import Tensor
 from fedgalore_jax.types import Array, Flat, Params
 
-WEIGHTS = "model.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -43,18 +43,30 @@ def load(
     num_labels: int | None = None,
     new_head: bool = False,
     dtype: Any = None,
+    precision: str = "float32",
+    scan_layers: bool | None = None,
+    remat: bool = False,
     dropout: float | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     key: Array | None = None,
 ) -> tuple[ModelFns, Params]:
     """Loads a model from a Hugging Face directory.
 
+    Tensors go one by one from the mapped file to their place, so the process's peak memory rises by
+    little more than the parameters take.
+
     Args:
-      path: a directory with `config.json` and `model.safetensors`.
+      path: a directory with `config.json` and `model.safetensors`, or the shards of an index.
       num_labels: the number of classes. Where the checkpoint's head has another size, or there is
         none, a new head is drawn (normal with `initializer_range`, zero bias) and that is logged.
       new_head: draw a new head even where the checkpoint's would fit.
-      dtype: of all parameters, and so of the products; None keeps what the file has.
-      dropout: replaces both dropout probabilities of the configuration.
+      dtype: of all parameters; None keeps what the file has.
+      precision: what products run in, "float32" or "bf16"; see `ModelFns`.
+      scan_layers: see `functional.unroll`.
+      remat: compute each layer again in the backward pass, which saves memory.
+      dropout: replaces the dropout probabilities of the configuration.
+      shardings: `(path, shape) -> Sharding` of a parameter; None, or where it gives None, leaves it
+        on the default device.
       key: for a new head; None is `jax.random.key(0)`.
 
     Returns:
@@ -65,38 +77,42 @@ def load(
     """
     path = pathlib.Path(path)
     family, config = configs.read(path, num_labels, dropout)
-    fns = family.build(config)
-    slots, tensors = _slots(family, fns), _read_tensors(path / WEIGHTS)
-    if not any(name.startswith(family.PREFIX) for name in tensors):  # a bare encoder, no head
-        tensors = {family.PREFIX + name: tensor for name, tensor in tensors.items()}
-    tensors = {name: x for name, x in tensors.items() if not re.match(family.IGNORED, name)}
+    fns = family.build(config, precision=precision, scan_layers=scan_layers, remat=remat)
+    slots, (file, found) = _slots(family, fns), tensors.find(path)
+    found = _named_as_now(family, found)
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
     unfit = num_labels is not None and any(
-        name not in tensors or tensors[name].shape != slot.shape for name, slot in head.items()
+        name not in found or found[name].shape != slot.shape for name, slot in head.items()
     )
     if unfit:
         log.warning("%s has no head for %d labels: a new one is drawn", path, num_labels)
     if fresh := new_head or unfit:
         slots = {name: slot for name, slot in slots.items() if name not in head}
-        tensors = {name: x for name, x in tensors.items() if name not in head}
-    if wrong := _mismatches(slots, tensors):
+        found = {name: x for name, x in found.items() if not re.match(family.HEAD, name.replace(".", "/"))}
+    if wrong := _mismatches(slots, found):
         raise ValueError(
-            f"{path / WEIGHTS} does not fit {configs.CONFIG}: {'; '.join(wrong)}: use the "
+            f"{file} does not fit {configs.CONFIG}: {'; '.join(wrong)}: use the "
             f"{configs.CONFIG} saved with it, and num_labels where only the head differs"
         )
 
-    rows = collections.defaultdict(list)
+    def place(leaf: str, x: Any) -> Array:
+        return jax.device_put(x, shardings and shardings(leaf, x.shape))
+
+    shapes, rows = _shapes(fns), {}
     for name, slot in slots.items():
-        rows[slot.path].append(slot.transform.load(tensors[name]))
-    stacked = {slot.path for slot in slots.values() if slot.layer is not None}
-    flat = {leaf: np.stack(r) if leaf in stacked else r[0] for leaf, r in rows.items()}
+        rows.setdefault(slot.path, []).append((slot, found[name]))
+    flat = {}
+    # The largest first: what holds it for a moment is then not on top of all the others.
+    for leaf in sorted(rows, key=lambda leaf: -math.prod(shapes[leaf].shape)):
+        flat[leaf] = place(leaf, _read(rows[leaf], shapes[leaf].shape, dtype))
     if fresh:
         lost = {slot.path for slot in head.values()}
         # Under jit, what init draws for the rest of the model is never computed.
         draw = jax.jit(lambda key: {p: tree.flatten(fns.init(key))[p] for p in lost})
-        flat |= draw(jax.random.key(0) if key is None else key)
-    return fns, tree.unflatten({leaf: jnp.asarray(x, dtype) for leaf, x in sorted(flat.items())})
+        drawn = draw(jax.random.key(0) if key is None else key)
+        flat |= {leaf: place(leaf, jnp.asarray(x, dtype)) for leaf, x in drawn.items()}
+    return fns, tree.unflatten(dict(sorted(flat.items())))
 
 
 def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
@@ -114,7 +130,7 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
       ValueError: `params` are not this model's.
     """
     path = pathlib.Path(path)
-    family = next(f for f in configs.FAMILIES.values() if isinstance(fns.config, f.Config))
+    family = configs.family_of(fns.config)
     shapes, flat = _shapes(fns), tree.flatten(params)
     got = {leaf: getattr(array, "shape", None) for leaf, array in flat.items()}
     want = {leaf: array.shape for leaf, array in shapes.items()}
@@ -124,10 +140,10 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
             "merged: pass all of the model's parameters as plain arrays"
         )
     flat = {leaf: np.asarray(array) for leaf, array in flat.items()}
-    tensors = {}
+    rows = {}
     for name, slot in _slots(family, fns).items():
         array = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
-        tensors[name] = np.ascontiguousarray(slot.transform.save(array))
+        rows[name] = np.ascontiguousarray(slot.transform(array))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
@@ -135,7 +151,7 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
         new.mkdir()
         for name, content in configs.to_json(fns.config).items():
             (new / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        (new / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+        safetensors.numpy.save_file(rows, new / tensors.WEIGHTS, {"format": "pt"})
         if not path.exists():
             new.rename(path)
             return
@@ -155,32 +171,52 @@ def _slots(family: Any, fns: ModelFns) -> dict[str, Slot]:
         match, theirs, transform = next((match, *row) for match, *row in rows if match)
         stacked = "{layer}" in theirs
         one = jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype)
-        shape = jax.eval_shape(transform.save, one).shape
+        shape = jax.eval_shape(transform, one).shape
         for layer in range(leaf.shape[0]) if stacked else (None,):
             name = match.expand(theirs).format(layer=layer)
             slots[name] = Slot(path, layer, shape, transform)
     return slots
 
 
-def _mismatches(slots: dict[str, Slot], tensors: dict[str, np.ndarray]) -> list[str]:
+def _named_as_now(family: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of the family's whole model, without what no classifier needs."""
+    found = {re.sub(r"LayerNorm\.(gamma|beta)$", _renamed, name): x for name, x in found.items()}
+    if not any(name.startswith(family.PREFIX) for name in found):  # a bare encoder, no head
+        found = {family.PREFIX + name: x for name, x in found.items()}
+    return {name: x for name, x in found.items() if not re.match(family.IGNORED, name)}
+
+
+def _renamed(match: re.Match) -> str:
+    """Checkpoints from before PyTorch call scale and bias of a norm gamma and beta."""
+    return f"LayerNorm.{'weight' if match[1] == 'gamma' else 'bias'}"
+
+
+def _read(rows: list[tuple[Slot, Tensor]], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """One leaf of ours, its layers stacked, read straight into its memory."""
+    own = [tensors.DTYPES[tensor.dtype] for _, tensor in rows]
+    wanted = jnp.promote_types(own[0], own[-1]) if dtype is None else dtype
+    out = tensors.empty(shape, jax.dtypes.canonicalize_dtype(wanted))
+    for slot, tensor in rows:
+        row = out if slot.layer is None else out[slot.layer]
+        view = slot.transform(row)
+        assert np.shares_memory(view, row), f"the table's transform of {slot.path} is not a view"
+        tensor.read_into(view)
+    return out
+
+
+def _mismatches(slots: dict[str, Slot], found: dict[str, Tensor]) -> list[str]:
     """Everything in which the tensors differ from what the model needs, in words."""
-    shapes = [
-        f"{name} {tensors[name].shape} instead of {slots[name].shape}"
-        for name in sorted(slots.keys() & tensors.keys())
-        if tensors[name].shape != slots[name].shape
-    ]
+    both = sorted(slots.keys() & found.keys())
     kinds = {
-        "missing": sorted(slots.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - slots.keys()),
-        "wrong shape": shapes,
+        "missing": sorted(slots.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - slots.keys()),
+        "wrong shape": [
+            f"{name} {found[name].shape} instead of {slots[name].shape}"
+            for name in both
+            if found[name].shape != slots[name].shape
+        ],
+        f"not of a type among {', '.join(tensors.DTYPES)}": [
+            f"{name} ({found[name].dtype})" for name in both if found[name].dtype not in tensors.DTYPES
+        ],
     }
     return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-
-
-def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: save the model as safetensors")
-    try:
-        return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again") from error
