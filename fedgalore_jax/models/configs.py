@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import pathlib
+import typing
 from typing import Any
 
-from fedgalore_jax.models import vit
+from fedgalore_jax.models import llama, vit
 
-FAMILIES = {"vit": vit}
+FAMILIES = {"vit": vit, "llama": llama, "mistral": llama, "qwen2": llama}
 """Hugging Face's `model_type` to the module that knows the family."""
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR, GENERATION = "config.json", "preprocessor_config.json", "generation_config.json"
+DROPOUTS = "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"
 
 
 def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> tuple[Any, Any]:
@@ -18,8 +20,8 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
 
     Args:
       path: a Hugging Face directory.
-      num_labels: replaces the labels where it differs from their number.
-      dropout: replaces both dropout probabilities.
+      num_labels: replaces the labels where it differs from their number; decoders have none.
+      dropout: replaces all dropout probabilities.
 
     Raises:
       ValueError: one line that names the file, all that is wrong with it, and the remedy.
@@ -35,14 +37,16 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         )
     if (path / PREPROCESSOR).exists():
         raw = _read_json(path / PREPROCESSOR) | raw
+    if (path / GENERATION).exists():  # how a chat model ends is said there
+        raw |= _read_json(path / GENERATION)
     try:
         labels = raw.get("id2label") or _numbered(raw.get("num_labels", 2))
         if num_labels not in (None, len(labels)):
             labels = _numbered(num_labels)
         raw["labels"] = [labels[i] for i in sorted(labels, key=int)]
         if dropout is not None:
-            raw |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
-        return family, _fill(family.Config, raw)
+            raw |= dict.fromkeys(DROPOUTS, dropout)
+        return family, _fill(family.Config, family.fields(raw))
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
 
@@ -51,12 +55,10 @@ def to_json(config: Any) -> dict[str, dict]:
     """The JSON files that belong beside the weights, by name."""
     model_type, family = next((t, f) for t, f in FAMILIES.items() if isinstance(config, f.Config))
     files = family.files(config)
-    labels = files[CONFIG].pop("labels")
-    files[CONFIG] |= {
-        "model_type": model_type,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+    files[CONFIG].setdefault("model_type", model_type)
+    if labels := files[CONFIG].pop("labels", ()):
+        files[CONFIG]["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        files[CONFIG]["label2id"] = {label: i for i, label in enumerate(labels)}
     return files
 
 
@@ -79,7 +81,7 @@ def _fill(cls: type, raw: dict) -> Any:
             value = tuple(value)
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type:
+        if type(value) not in (typing.get_args(field.type) or (field.type,)):
             problems.append(
                 f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}"
             )

@@ -12,7 +12,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedgalore_jax.types import Array, Params
+from fedgalore_jax.types import Array, Batch, Params
+
+
+class Cache(NamedTuple):
+    """What a decoder remembers of the tokens so far, with room for more: S slots for each row.
+
+    Attributes:
+      keys: `[depth, B, S, K, d]`, rotated.
+      values: `[depth, B, S, K, d]`.
+      mask: `[B, S]` booleans, True where a slot holds a real token (not padding, not yet to come).
+      slot: the slot of the next token, the same for all rows; int32.
+    """
+
+    keys: Array
+    values: Array
+    mask: Array
+    slot: Array
+
+
+class Decoder(NamedTuple):
+    """A model of text that goes on one token at a time.
+
+    Attributes:
+      prefill: `prefill(params, inputs, room) -> (logits [B, V], Cache)` of the last token of prompts
+        that are padded on the left, with slots for the prompt and `room` more tokens.
+      step: `step(params, tokens [B], Cache) -> (logits [B, V], Cache)`.
+    """
+
+    prefill: Callable[[Params, Batch, int], tuple[Array, Cache]]
+    step: Callable[[Params, Array, Cache], tuple[Array, Cache]]
 
 
 class ModelFns(NamedTuple):
@@ -23,12 +52,32 @@ class ModelFns(NamedTuple):
       init: `init(key) -> params`, freshly drawn.
       apply: `apply(params, inputs, *, key=None) -> logits [B, num_labels]` (float32 or wider).
         `inputs` has Hugging Face's names. With a key it is training mode (dropout), with None it is
-        deterministic. Any kernel may be an `Adapted`. Products run in the dtype of the embeddings.
+        deterministic. Any kernel may be an `Adapted`.
+      precision: what products run in, a key of `PRECISIONS`; parameters keep their own dtype.
+      decoder: for models of text that go on one token at a time, or None.
     """
 
     config: Any
     init: Callable[[Array], Params]
     apply: Callable[..., Array]
+    precision: str = "float32"
+    decoder: Decoder | None = None
+
+
+PRECISIONS = {"float32": jnp.float32, "bf16": jnp.bfloat16}
+"""What products run in, by name. Softmax, statistics of norms and logits are in float32 at least."""
+
+
+def compute_dtype(precision: str, own: Any) -> Any:
+    """The dtype that products run in; float32 means float32 or, where parameters are wider, theirs.
+
+    Args:
+      precision: a key of `PRECISIONS`.
+      own: the dtype of the parameters.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    return jnp.bfloat16 if precision == "bf16" else jnp.promote_types(own, jnp.float32)
 
 
 class Transform(NamedTuple):
@@ -68,8 +117,25 @@ def init_stack(layer: Part, key: Array, depth: int) -> Params:
     return jax.vmap(layer.init)(jax.random.split(key, depth))
 
 
+def unroll(depth: int, scan_layers: bool | None) -> int:
+    """How many layers each turn of the scan over layers holds.
+
+    Args:
+      depth: the number of layers.
+      scan_layers: True holds one, so that compile time does not grow with depth; False all of them;
+        None up to four: a small model, unrolled, runs a quarter faster on a CPU.
+    """
+    return {True: 1, False: depth, None: min(depth, 4)}[scan_layers]
+
+
 def apply_stack(
-    layer: Part, params: Params, x: Array, *, key: Array | None = None, unroll: int | bool = 1
+    layer: Part,
+    params: Params,
+    x: Array,
+    *,
+    key: Array | None = None,
+    unroll: int = 1,
+    remat: bool = False,
 ) -> Array:
     """Runs stacked layers one after another with a scan; the depth is that of `params`.
 
@@ -79,6 +145,7 @@ def apply_stack(
       x: `[B, L, D]`.
       key: each layer gets its own, folded in by its number; None for all is deterministic.
       unroll: as `jax.lax.scan` takes it; the tree of parameters is the same whatever it is.
+      remat: keep only each layer's input for the backward pass, and compute the layer again there.
 
     Returns:
       `[B, L, D]`.
@@ -89,5 +156,7 @@ def apply_stack(
         layer_key = None if key is None else jax.random.fold_in(key, number)
         return layer.bind(weights)(x, key=layer_key), None
 
+    if remat:
+        step = jax.checkpoint(step)
     depth = jax.tree.leaves(params)[0].shape[0]
     return jax.lax.scan(step, x, (jnp.arange(depth), params), unroll=unroll)[0]

@@ -18,7 +18,6 @@ from fedgalore_jax.types import Array, Batch, Params
 
 PREFIX = "vit."
 HEAD = r"classifier/"
-IGNORED = r"vit\.pooler\."  # a bare ViTModel has one; classification reads the CLS token itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,11 @@ class Config:
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads, image_size of patch_size"
             )
+
+
+def fields(raw: dict) -> dict:
+    """The fields of `Config` in the content of a `config.json`: there they have the same names."""
+    return raw
 
 
 class Embeddings(nnx.Module):
@@ -183,6 +187,12 @@ def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:
         *((f"{ours}/scale", f"{theirs}.weight", KEEP) for ours, theirs in norms),
         *((f"{ours}/bias", f"{theirs}.bias", KEEP) for ours, theirs in linears + norms),
     )
+
+
+def ignored(config: Config) -> str:
+    """Tensors that are not read: a bare ViTModel has a pooler, classification uses the CLS token itself."""
+    del config
+    return r"vit\.pooler\."
 
 
 def files(config: Config) -> dict[str, dict]:

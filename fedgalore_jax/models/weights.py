@@ -1,6 +1,6 @@
 """Weights from and to Hugging Face directories: one table per family, one generic loader.
 
-A family is a module with `Config`, `build`, `table`, `files`, `PREFIX`, `HEAD` and `IGNORED` (see
+A family is a module with `Config`, `build`, `table`, `files`, `ignored`, `PREFIX` and `HEAD` (see
 `vit.py`); adding one means writing that module and naming it in `configs.FAMILIES`.
 """
 
@@ -69,7 +69,7 @@ def load(
     slots, tensors = _slots(family, fns), _read_tensors(path / WEIGHTS)
     if not any(name.startswith(family.PREFIX) for name in tensors):  # a bare encoder, no head
         tensors = {family.PREFIX + name: tensor for name, tensor in tensors.items()}
-    tensors = {name: x for name, x in tensors.items() if not re.match(family.IGNORED, name)}
+    tensors = {name: x for name, x in tensors.items() if not re.match(family.ignored(config), name)}
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
     unfit = num_labels is not None and any(
