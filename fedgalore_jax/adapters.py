@@ -5,6 +5,7 @@ adapter is never merged into its kernel inside a client; `merge` is for the serv
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +13,27 @@ import jax.numpy as jnp
 from fedgalore_jax.types import Adapted, Array, LoRA, LowRank
 
 
-def matmul(x: Array, kernel: Array | Adapted) -> Array:
+def matmul(x: Array, kernel: Array | Adapted, dtype: Any = None) -> Array:
     """`x @ kernel` where the kernel may be adapted.
 
     Args:
       x: `[..., m]`.
       kernel: `[m, n]`, or an `Adapted` of that shape without stack axes. Cast to `x.dtype`.
+      dtype: products are summed in it; None is `x.dtype`.
 
     Returns:
-      `[..., n]` in `x.dtype`.
+      `[..., n]` in `dtype`.
     """
+
+    def product(x, kernel):
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
     if not isinstance(kernel, Adapted):
-        return x @ kernel.astype(x.dtype)
-    y = x @ kernel.base.astype(x.dtype)
+        return product(x, kernel)
+    y = product(x, kernel.base)
     if kernel.shrink is not None:
-        y = y * kernel.shrink.astype(x.dtype)
-    return y + (x @ kernel.a.astype(x.dtype)) @ kernel.b.astype(x.dtype)
+        y = y * kernel.shrink.astype(y.dtype)
+    return y + product(x @ kernel.a.astype(x.dtype), kernel.b)
 
 
 def merge(kernel: Array | Adapted | LowRank) -> Array:

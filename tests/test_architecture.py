@@ -27,6 +27,8 @@ DOORS = {
     "absl": {"experiments"},
     "matplotlib": {"experiments"},
     "PIL": {"experiments"},
+    "gguf": {"experiments"},
+    "tokenizers": {"experiments"},
 }
 ONLY_NUMPY = {"data", "metrics"}
 FILES = sorted([*ROOT.glob("fedgalore_jax/**/*.py"), *ROOT.glob("experiments/**/*.py"), ROOT / "run.py"])

@@ -147,7 +147,7 @@ def test_every_mismatch_is_in_one_message(tmp_path):
         (
             "config.json",
             {"model_type": "gpt9"},
-            "model_type='gpt9' is not supported: use one of bert, deit, roberta, vit",
+            "model_type='gpt9' is not supported: use one of bert, deit, llama",
         ),
         ("config.json", {"hidden_size": None}, "hidden_size=None is not of type int"),
         ("config.json", {"hidden_size": 13}, "must be a multiple of num_attention_heads"),

@@ -172,6 +172,8 @@ def test_dropout_keeps_the_mean():
 
 def test_unrolling_changes_no_number():
     params = model()[1]
-    scanned, few, unrolled = (logits_of(vit.build(CONFIG, scan_layers=s), params) for s in (True, None, False))
+    scanned, few, unrolled = (
+        logits_of(vit.build(CONFIG, scan_layers=s), params) for s in (True, None, False)
+    )
     close(scanned, few)
     close(scanned, unrolled)

@@ -3,15 +3,29 @@
 import dataclasses
 import json
 import pathlib
+import typing
 from typing import Any
 
-from fedgalore_jax.models import bert, deit, roberta, vit
+from fedgalore_jax.models import bert, deit, llama, roberta, vit
 
-FAMILIES = {"bert": bert, "deit": deit, "roberta": roberta, "vit": vit}
+FAMILIES = {
+    "bert": bert,
+    "deit": deit,
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "roberta": roberta,
+    "vit": vit,
+}
 """Hugging Face's `model_type` to the module that knows the family."""
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+CONFIG, PREPROCESSOR, GENERATION = "config.json", "preprocessor_config.json", "generation_config.json"
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "attention_dropout",
+)
 
 
 def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> tuple[Any, Any]:
@@ -19,7 +33,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
 
     Args:
       path: a Hugging Face directory.
-      num_labels: replaces the labels where it differs from their number.
+      num_labels: replaces the labels where it differs from their number; decoders have none.
       dropout: replaces all dropout probabilities.
 
     Raises:
@@ -36,6 +50,8 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         )
     if (path / PREPROCESSOR).exists():
         raw = _read_json(path / PREPROCESSOR) | raw
+    if (path / GENERATION).exists():  # how a chat model ends is said there
+        raw |= _read_json(path / GENERATION)
     try:
         labels = raw.get("id2label") or _numbered(raw.get("num_labels", 2))
         if num_labels not in (None, len(labels)):
@@ -43,7 +59,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         raw["labels"] = [labels[i] for i in sorted(labels, key=int)]
         if dropout is not None:
             raw |= dict.fromkeys(DROPOUTS, dropout)
-        return family, _fill(family.Config, raw)
+        return family, _fill(family.Config, family.fields(raw) if hasattr(family, "fields") else raw)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
 
@@ -58,12 +74,10 @@ def to_json(config: Any) -> dict[str, dict]:
     family = family_of(config)
     model_type = next(t for t, f in FAMILIES.items() if f is family)
     files = family.files(config)
-    labels = files[CONFIG].pop("labels")
-    files[CONFIG] |= {
-        "model_type": model_type,
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+    files[CONFIG].setdefault("model_type", model_type)
+    if labels := files[CONFIG].pop("labels", ()):
+        files[CONFIG]["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        files[CONFIG]["label2id"] = {label: i for i, label in enumerate(labels)}
     return files
 
 
@@ -77,16 +91,16 @@ def _fill(cls: type, raw: dict) -> Any:
     """Fills in a dataclass; keys it does not know are left out, all problems raised at once."""
     values, problems = {}, []
     for field in dataclasses.fields(cls):
-        value, required = raw.get(field.name), field.default is dataclasses.MISSING
-        if field.name not in raw or (value is None and not required):  # null stands for the default
-            if required:
+        if field.name not in raw:
+            if field.default is dataclasses.MISSING:
                 problems.append(f"{field.name} is missing")
             continue
+        value = raw[field.name]
         if field.type is tuple and isinstance(value, list):
             value = tuple(value)
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not field.type:
+        if type(value) not in (typing.get_args(field.type) or (field.type,)):
             problems.append(
                 f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}"
             )

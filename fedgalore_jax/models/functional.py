@@ -12,7 +12,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedgalore_jax.types import Array, Params
+from fedgalore_jax.types import Array, Batch, Params
+
+
+class Cache(NamedTuple):
+    """What a decoder remembers of the tokens so far, with room for more: S slots for each row.
+
+    Attributes:
+      keys: `[depth, B, S, K, d]`, rotated.
+      values: `[depth, B, S, K, d]`.
+      mask: `[B, S]` booleans, True where a slot holds a real token (not padding, not yet to come).
+      slot: the slot of the next token, the same for all rows; int32.
+    """
+
+    keys: Array
+    values: Array
+    mask: Array
+    slot: Array
+
+
+class Decoder(NamedTuple):
+    """A model of text that goes on one token at a time.
+
+    Attributes:
+      prefill: `prefill(params, inputs, room) -> (logits [B, V], Cache)` of the last token of prompts
+        that are padded on the left, with slots for the prompt and `room` more tokens.
+      step: `step(params, tokens [B], Cache) -> (logits [B, V], Cache)`.
+    """
+
+    prefill: Callable[[Params, Batch, int], tuple[Array, Cache]]
+    step: Callable[[Params, Array, Cache], tuple[Array, Cache]]
 
 
 class ModelFns(NamedTuple):
@@ -25,12 +54,14 @@ class ModelFns(NamedTuple):
         `inputs` has Hugging Face's names. With a key it is training mode (dropout), with None it is
         deterministic. Any kernel may be an `Adapted`.
       precision: what products run in, one of `PRECISIONS`; parameters keep their own dtype.
+      decoder: for models of text that go on one token at a time, or None.
     """
 
     config: Any
     init: Callable[[Array], Params]
     apply: Callable[..., Array]
     precision: str = "float32"
+    decoder: Decoder | None = None
 
 
 PRECISIONS = ("float32", "bf16")

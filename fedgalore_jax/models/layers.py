@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,11 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * normal(rngs.params(), (m, n)))
         self.bias = nnx.Param(jnp.zeros(n)) if bias else None
 
-    def __call__(self, x: Array) -> Array:
-        """`[..., m]` to `[..., n]`."""
+    def __call__(self, x: Array, dtype: Any = None) -> Array:
+        """`[..., m]` to `[..., n]`, in `dtype` or that of `x`."""
         # One token axis: a kernel's gradient under vmap then contracts a single axis, which saves
         # XLA's CPU backend a transposed copy (a quarter of a whole local step of a small ViT).
-        y = adapters.matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value())
+        y = adapters.matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value(), dtype)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + _along(self.bias.get_value(), y)
 
@@ -86,33 +87,64 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis; statistics in float32 or wider.
+
+    Parameters: `scale [D]`.
+    """
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs | None = None):
+        del rngs  # nothing is drawn
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` to the same shape and dtype."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (y * _along(self.scale.get_value(), y)).astype(x.dtype)
+
+
 def attend(
-    q: Array, k: Array, v: Array, *, mask: Array | None = None, rate: float = 0, key: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    causal: bool = False,
+    rate: float = 0,
+    key: Array | None = None,
 ) -> Array:
     """Softmax attention with dropout on the probabilities; the softmax is in float32 or wider.
 
     Args:
       q: `[B, L, H, d]`.
-      k: `[B, M, H, d]`.
-      v: `[B, M, H, d]`.
+      k: `[B, M, K, d]`, where H is a multiple of K: queries in groups share a key.
+      v: `[B, M, K, d]`.
       mask: `[B, M]` booleans, False for padding: a key that no query sees. None sees all.
+      causal: query i sees the keys up to i only.
       rate: dropout on the probabilities.
       key: None turns dropout off.
 
     Returns:
       `[B, L, H, d]`.
     """
+    batch, length, heads, d = q.shape
     if _fused(q, k) and (key is None or rate == 0):
         if mask is not None:  # in full: its rule for vmap broadcasts nothing
-            mask = jnp.broadcast_to(mask[:, None, None], (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    scores = jnp.einsum("blhd,bmhd->bhlm", q * q.shape[-1] ** -0.5, k)
+            mask = jnp.broadcast_to(mask[:, None, None], (batch, heads, length, k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    q = q.reshape(batch, length, k.shape[2], -1, d)
+    scores = jnp.einsum("blkgd,bmkd->bkglm", q * d**-0.5, k)
     scores = scores.astype(jnp.promote_types(q.dtype, jnp.float32))
+    # Finite, so that a row of padding alone gives a mean and not NaN.
+    hidden = jnp.finfo(scores.dtype).min
     if mask is not None:
-        # Finite, so that a row of padding alone gives a mean and not NaN.
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+        scores = jnp.where(mask[:, None, None, None], scores, hidden)
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool)[None, None, None], scores, hidden)
     probs = dropout(jax.nn.softmax(scores).astype(q.dtype), rate, key)
-    return jnp.einsum("bhlm,bmhd->blhd", probs, v)
+    return jnp.einsum("bkglm,bmkd->blkgd", probs, v).reshape(batch, length, heads, d)
 
 
 def _fused(q: Array, k: Array) -> bool:

