@@ -1,4 +1,4 @@
-"""Our ViT computes what torch's does, layer by layer, whatever its kernels and keys are."""
+"""Our encoders compute what torch's do, layer by layer, whatever their kernels and keys are."""
 
 import dataclasses
 import functools
@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_vit import (
+    BERT,
     CLIENTS,
     CONFIG,
+    DEIT,
     KEY,
+    ROBERTA,
     adapted,
+    batch_of,
     close,
     factors,
     logits_of,
@@ -23,45 +27,164 @@ from tiny_vit import (
 )
 
 from fedgalore_jax import adapters, models
-from fedgalore_jax.models import functional, layers, vit
+from fedgalore_jax.models import bert, configs, functional, layers, roberta, vit
 from fedgalore_jax.types import Adapted
 
+IMAGES = [
+    CONFIG,
+    dataclasses.replace(CONFIG, hidden_act="gelu_new", num_channels=1),
+    dataclasses.replace(CONFIG, qkv_bias=False),
+    DEIT,
+]
+TEXTS = [BERT, ROBERTA]
+TEXTS += [dataclasses.replace(config, labels=("score",), hidden_act="relu") for config in TEXTS]  # regression
 
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu_new", "num_channels": 1}, {"qkv_bias": False}])
-def test_every_layer_matches_torch(tmp_path, changes):
-    config = dataclasses.replace(CONFIG, **changes)
+
+def hidden_states(config, params, inputs):
+    """What each layer gets and gives, from the parts that the model is made of."""
+    if isinstance(config, vit.Config):
+        embeddings, layer, given, rest = vit.Embeddings, vit.Layer, (inputs["pixel_values"],), ()
+    else:
+        ids = inputs["input_ids"]
+        pad = config.pad_token_id
+        where = roberta.positions(pad, ids) if config in TEXTS[1::2] else bert.positions(ids)
+        embeddings, layer = bert.Embeddings, bert.Layer
+        given, rest = (ids, inputs["token_type_ids"], where), (inputs["attention_mask"].astype(bool),)
+    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (embeddings, layer))
+    yield (x := jax.jit(lambda params: embeddings.bind(params)(*given))(params["embeddings"]))
+    step = jax.jit(lambda params, x: layer.bind(params)(x, *rest))
+    for i in range(config.num_hidden_layers):
+        yield (x := step(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x))
+
+
+@pytest.mark.parametrize("config", IMAGES + TEXTS, ids=lambda c: type(c).__module__.rsplit(".")[-1])
+def test_every_layer_matches_torch(tmp_path, config):
     fns, params = model(config)
     models.save(tmp_path / "model", fns, params)
-    images = pixels(config=config)
-    theirs = torch_model(tmp_path / "model")(to_torch(images), output_hidden_states=True)
-
-    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (vit.Embeddings, vit.Layer))
-    x = jax.jit(lambda params: embeddings.bind(params)(images))(params["embeddings"])
-    close(x, theirs.hidden_states[0])
-    step = jax.jit(lambda params, x: layer.bind(params)(x))
-    for i in range(config.num_hidden_layers):
-        x = step(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
-        close(x, theirs.hidden_states[i + 1])
-    close(logits_of(fns, params, images), theirs.logits)
+    inputs = batch_of(config)
+    theirs = torch_model(tmp_path / "model")(**to_torch(inputs), output_hidden_states=True)
+    for ours, state in zip(hidden_states(config, params, inputs), theirs.hidden_states, strict=True):
+        close(ours, state)
+    close(jax.jit(fns.apply)(params, inputs), theirs.logits)
 
 
-def test_all_gradients_match_torch(tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, BERT, ROBERTA], ids=["vit", "bert", "roberta"])
+def test_all_gradients_match_torch(tmp_path, config):
     import torch
 
-    fns, params = model()
+    fns, params = model(config)
     models.save(tmp_path / "model", fns, params)
-    theirs, labels = torch_model(tmp_path / "model"), np.arange(4)
-    torch.nn.functional.cross_entropy(theirs(to_torch(pixels())).logits, torch.tensor(labels)).backward()
+    theirs, labels, inputs = torch_model(tmp_path / "model"), np.arange(4), batch_of(config)
+    torch.nn.functional.cross_entropy(theirs(**to_torch(inputs)).logits, torch.tensor(labels)).backward()
     for weight in theirs.parameters():
         weight.data = weight.grad
     theirs.save_pretrained(tmp_path / "gradients")
     _, expected = models.load(tmp_path / "gradients")
 
     def loss(params):
-        logits = fns.apply(params, {"pixel_values": pixels()})
-        return -jax.nn.log_softmax(logits)[labels, labels].mean()
+        return -jax.nn.log_softmax(fns.apply(params, inputs))[labels, labels].mean()
 
     jax.tree.map(close, jax.jit(jax.grad(loss))(params), expected)
+
+
+@pytest.mark.parametrize("config", TEXTS[:2], ids=["bert", "roberta"])
+def test_padding_changes_no_logit(config):
+    fns, params = model(config)
+    inputs = batch_of(config)
+    apply = jax.jit(fns.apply)
+    expected = apply(params, inputs)
+    other = jnp.where(inputs["attention_mask"] == 1, inputs["input_ids"], 4)
+    if config is BERT:  # RoBERTa counts positions by what is not the padding token
+        np.testing.assert_array_equal(apply(params, inputs | {"input_ids": other}), expected)
+    longer = {
+        name: jnp.pad(x, ((0, 0), (0, 4)), constant_values=config.pad_token_id if name == "input_ids" else 0)
+        for name, x in inputs.items()
+    }
+    close(apply(params, longer), expected, atol=2e-6)
+    for row, length in enumerate(inputs["attention_mask"].sum(-1)):
+        alone = {name: x[row : row + 1, :length] for name, x in inputs.items()}
+        del alone["attention_mask"]  # nothing is padded
+        close(fns.apply(params, alone)[0], expected[row], atol=2e-6)
+
+
+def test_a_row_of_padding_alone_gives_finite_gradients():
+    fns, params = model(BERT)
+    nothing = {name: jnp.zeros_like(x) for name, x in batch_of(BERT).items()}
+    grads = jax.jit(jax.grad(lambda params: fns.apply(params, nothing).sum()))(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_too_long_a_text_is_refused():
+    for config, longest in ((BERT, 16), (ROBERTA, 13)):
+        fns, params = model(config)
+        with pytest.raises(ValueError, match=rf"\(1, 17\) have more than {longest} tokens: truncate"):
+            fns.apply(params, {"input_ids": jnp.ones((1, 17), jnp.int32)})
+
+
+def test_the_fused_kernel_gets_what_it_takes(monkeypatch):
+    """On a GPU, in half precision: the same numbers from cuDNN's kernel, here played by XLA's."""
+    rng, calls, plain = np.random.default_rng(0), [], jax.nn.dot_product_attention
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 64, 3, 16)), jnp.bfloat16) for _ in range(3))
+    mask = jnp.arange(64)[None] < jnp.array([[64], [5]])
+    expected = layers.attend(q, k, v, mask=mask, key=None)
+
+    def cudnn(q, k, v, *, mask, implementation):
+        assert implementation == "cudnn" and mask.shape == (2, 3, 64, 64)
+        calls.append(mask)
+        return plain(q, k, v, mask=mask)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ours = layers.attend(q, k, v, mask=mask, key=None)
+    close(np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=0.02)
+    assert len(calls) == 1
+    layers.attend(q, k, v, rate=0.1, key=KEY)  # dropout on probabilities
+    layers.attend(*(x.astype(jnp.float32) for x in (q, k, v)), key=None)
+    layers.attend(q[:, :63], k, v, key=None)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, BERT], ids=["vit", "bert"])
+def test_bf16_computes_in_bf16_and_reduces_in_float32(config):
+    _, params = model(config)
+    inputs = batch_of(config)
+    fns = configs.family_of(config).build(config, precision="bf16", scan_layers=True)
+    jaxpr = str(jax.make_jaxpr(fns.apply)(params, inputs))
+    products = [line for line in jaxpr.splitlines() if "dot_general" in line]
+    assert sum("bf16[" in line.split("=")[0] for line in products) >= 8
+    logits = jax.jit(fns.apply)(params, inputs)
+    assert logits.dtype == jnp.float32
+    close(logits, jax.jit(model(config)[0].apply)(params, inputs), atol=0.2)
+    grads = jax.eval_shape(jax.grad(lambda params: fns.apply(params, inputs).sum()), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    with pytest.raises(ValueError, match="precision='fp8' is not one of float32, bf16"):
+        vit.build(CONFIG, precision="fp8")
+
+
+def test_scanned_layers_compile_in_the_same_time_whatever_their_depth():
+    def program(depth, **options):
+        config = dataclasses.replace(BERT, num_hidden_layers=depth)
+        fns = bert.build(config, **options)
+        shapes = jax.eval_shape(fns.init, KEY)
+        return len(
+            str(jax.jit(jax.grad(lambda p: fns.apply(p, batch_of(BERT)).sum())).lower(shapes).as_text())
+        )
+
+    assert program(24, scan_layers=True) < 1.05 * program(6, scan_layers=True)
+    assert program(8, scan_layers=False) > 1.3 * program(4, scan_layers=False)
+
+
+def test_rematerialised_layers_keep_less_and_compute_the_same():
+    config = dataclasses.replace(BERT, num_hidden_layers=8, intermediate_size=400)
+    _, params = model(config)
+    inputs, found = batch_of(config), []
+    for remat in (False, True):
+        fns = bert.build(config, scan_layers=True, remat=remat)
+        step = jax.jit(jax.grad(lambda p, fns=fns: fns.apply(p, inputs).sum())).lower(params).compile()
+        found.append((step(params), step.memory_analysis().temp_size_in_bytes))
+    (kept, more), (again, less) = found
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-4), kept, again)
+    assert less < 0.7 * more
 
 
 @pytest.mark.parametrize("parts", [2, 3])  # without and with a shrinking base
@@ -172,6 +295,8 @@ def test_dropout_keeps_the_mean():
 
 def test_unrolling_changes_no_number():
     params = model()[1]
-    scanned, few, unrolled = (logits_of(vit.build(CONFIG, scan_layers=s), params) for s in (True, None, False))
+    scanned, few, unrolled = (
+        logits_of(vit.build(CONFIG, scan_layers=s), params) for s in (True, None, False)
+    )
     close(scanned, few)
     close(scanned, unrolled)

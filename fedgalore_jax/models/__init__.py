@@ -1,6 +1,7 @@
 """Models with Hugging Face weights, as pure functions; the only door to flax and safetensors."""
 
 from fedgalore_jax.models.functional import ModelFns
+from fedgalore_jax.models.peft import save_adapter
 from fedgalore_jax.models.weights import load, save
 
-__all__ = ["ModelFns", "load", "save"]
+__all__ = ["ModelFns", "load", "save", "save_adapter"]

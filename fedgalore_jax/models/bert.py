@@ -126,7 +126,12 @@ def positions(ids: Array) -> Array:
 
 
 def encoder(
-    config: Config, positions: Callable[[Array], Array], longest: int, precision: str, unroll: int, remat: bool
+    config: Config,
+    positions: Callable[[Array], Array],
+    longest: int,
+    precision: str,
+    unroll: int,
+    remat: bool,
 ) -> tuple[Callable[[Array], Params], Callable[..., Array]]:
     """Embeddings and layers, shared by the families that differ from BERT in positions and head.
 
@@ -200,9 +205,7 @@ def build(
     return ModelFns(config, init, apply, precision)
 
 
-def rows(
-    prefix: str, heads: tuple[tuple[str, str], ...]
-) -> tuple[tuple[str, str, Transform], ...]:
+def rows(prefix: str, heads: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str, Transform], ...]:
     """The table of the encoder under `prefix`, and of the `heads`: our path and their name of each."""
     layer, words = prefix + "encoder.layer.{layer}.", prefix + "embeddings."
     linears = (
