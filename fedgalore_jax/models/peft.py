@@ -66,7 +66,8 @@ def save_adapter(
             n, m = slot.shape
             if (a.shape, b.shape) != ((m, rank), (rank, n)):
                 raise ValueError(
-                    f"factors of {slot.path}: {a.shape} and {b.shape} a layer instead of {(m, rank)} and {(rank, n)}"
+                    f"factors of {slot.path}: {a.shape} and {b.shape} a layer instead of "
+                    f"{(m, rank)} and {(rank, n)}"
                 )
             tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
