@@ -48,7 +48,7 @@ def test_shipped_weights_agree_with_torch():
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) <= 1.5e6
     assert (fns.config.image_mean, fns.config.image_std) == ((0.5,), (0.5,))
     images = pixels(config=fns.config)
-    close(logits_of(fns, params, images), torch_model(SHIPPED)(to_torch(images)).logits)
+    close(logits_of(fns, params, images), torch_model(SHIPPED)(**to_torch({"pixel_values": images})).logits)
 
 
 def test_shipped_weights_read_handwriting_they_never_saw():

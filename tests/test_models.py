@@ -1,4 +1,4 @@
-"""Our ViT computes what torch's does, layer by layer, whatever its kernels and keys are."""
+"""Our encoders compute what torch's do, layer by layer, whatever their kernels and keys are."""
 
 import dataclasses
 import functools
@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_vit import (
+    BERT,
     CLIENTS,
     CONFIG,
+    DEIT,
     KEY,
+    ROBERTA,
     adapted,
+    batch_of,
     close,
     factors,
     logits_of,
@@ -23,43 +27,62 @@ from tiny_vit import (
 )
 
 from fedgalore_jax import adapters, models
-from fedgalore_jax.models import functional, layers, vit
+from fedgalore_jax.models import bert, functional, layers, roberta, vit
 from fedgalore_jax.types import Adapted
 
+IMAGES = [
+    CONFIG,
+    dataclasses.replace(CONFIG, hidden_act="gelu_new", num_channels=1),
+    dataclasses.replace(CONFIG, qkv_bias=False),
+    DEIT,
+]
+TEXTS = [BERT, ROBERTA]
+TEXTS += [dataclasses.replace(config, labels=("score",), hidden_act="relu") for config in TEXTS]  # regression
 
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu_new", "num_channels": 1}, {"qkv_bias": False}])
-def test_every_layer_matches_torch(tmp_path, changes):
-    config = dataclasses.replace(CONFIG, **changes)
+
+def hidden_states(config, params, inputs):
+    """What each layer gets and gives, from the parts that the model is made of."""
+    if isinstance(config, vit.Config):
+        embeddings, layer, given, rest = vit.Embeddings, vit.Layer, (inputs["pixel_values"],), ()
+    else:
+        ids = inputs["input_ids"]
+        pad = config.pad_token_id
+        where = roberta.positions(pad, ids) if config in TEXTS[1::2] else bert.positions(ids)
+        embeddings, layer = bert.Embeddings, bert.Layer
+        given, rest = (ids, inputs["token_type_ids"], where), (inputs["attention_mask"].astype(bool),)
+    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (embeddings, layer))
+    yield (x := jax.jit(lambda params: embeddings.bind(params)(*given))(params["embeddings"]))
+    step = jax.jit(lambda params, x: layer.bind(params)(x, *rest))
+    for i in range(config.num_hidden_layers):
+        yield (x := step(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x))
+
+
+@pytest.mark.parametrize("config", IMAGES + TEXTS, ids=lambda c: type(c).__module__.rsplit(".")[-1])
+def test_every_layer_matches_torch(tmp_path, config):
     fns, params = model(config)
     models.save(tmp_path / "model", fns, params)
-    images = pixels(config=config)
-    theirs = torch_model(tmp_path / "model")(to_torch(images), output_hidden_states=True)
-
-    embeddings, layer = (functional.part(functools.partial(m, config)) for m in (vit.Embeddings, vit.Layer))
-    x = jax.jit(lambda params: embeddings.bind(params)(images))(params["embeddings"])
-    close(x, theirs.hidden_states[0])
-    step = jax.jit(lambda params, x: layer.bind(params)(x))
-    for i in range(config.num_hidden_layers):
-        x = step(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
-        close(x, theirs.hidden_states[i + 1])
-    close(logits_of(fns, params, images), theirs.logits)
+    inputs = batch_of(config)
+    theirs = torch_model(tmp_path / "model")(**to_torch(inputs), output_hidden_states=True)
+    for ours, state in zip(hidden_states(config, params, inputs), theirs.hidden_states, strict=True):
+        close(ours, state)
+    close(jax.jit(fns.apply)(params, inputs), theirs.logits)
 
 
-def test_all_gradients_match_torch(tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, BERT, ROBERTA], ids=["vit", "bert", "roberta"])
+def test_all_gradients_match_torch(tmp_path, config):
     import torch
 
-    fns, params = model()
+    fns, params = model(config)
     models.save(tmp_path / "model", fns, params)
-    theirs, labels = torch_model(tmp_path / "model"), np.arange(4)
-    torch.nn.functional.cross_entropy(theirs(to_torch(pixels())).logits, torch.tensor(labels)).backward()
+    theirs, labels, inputs = torch_model(tmp_path / "model"), np.arange(4), batch_of(config)
+    torch.nn.functional.cross_entropy(theirs(**to_torch(inputs)).logits, torch.tensor(labels)).backward()
     for weight in theirs.parameters():
         weight.data = weight.grad
     theirs.save_pretrained(tmp_path / "gradients")
     _, expected = models.load(tmp_path / "gradients")
 
     def loss(params):
-        logits = fns.apply(params, {"pixel_values": pixels()})
-        return -jax.nn.log_softmax(logits)[labels, labels].mean()
+        return -jax.nn.log_softmax(fns.apply(params, inputs))[labels, labels].mean()
 
     jax.tree.map(close, jax.jit(jax.grad(loss))(params), expected)
 

@@ -1,7 +1,9 @@
-"""A ViT of three small layers whose every parameter matters, and its twin in torch."""
+"""Models of three small layers whose every parameter matters, and their twins in torch."""
 
+import dataclasses
 import functools
 import importlib.resources
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedgalore_jax import tree
-from fedgalore_jax.models import vit
+from fedgalore_jax.models import bert, configs, deit, roberta, vit
 from fedgalore_jax.types import Adapted
 
 CONFIG = vit.Config(
@@ -23,6 +25,20 @@ CONFIG = vit.Config(
     initializer_range=0.3,  # large enough that every layer matters
     labels=("cat", "dog", "eel", "fox", "gnu"),
 )
+_TEXT = dict(
+    vocab_size=30,
+    hidden_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=20,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.3,
+    labels=CONFIG.labels,
+)
+BERT, ROBERTA = bert.Config(**_TEXT), roberta.Config(**_TEXT, pad_token_id=2)
+DEIT = deit.Config(**dataclasses.asdict(CONFIG))
 SHIPPED = importlib.resources.files("fedgalore_jax.models") / "digits_vit"
 KEY = jax.random.key(0)
 CLIENTS, BATCH, RANK = 3, 4, 2
@@ -33,10 +49,26 @@ def pixels(seed=1, config=CONFIG):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def batch_of(config):
+    """Inputs of any family; in text, rows of different lengths, padded, with two token types."""
+    if isinstance(config, vit.Config):
+        return {"pixel_values": pixels(config=config)}
+    rng, length = np.random.default_rng(1), 9
+    real = np.arange(length) < np.array([[9], [4], [7], [1]])
+    ids = np.where(real, rng.integers(5, config.vocab_size, real.shape), config.pad_token_id)
+    types = (np.arange(length) > 3) & real
+    return {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "attention_mask": jnp.asarray(real, jnp.int32),
+        "token_type_ids": jnp.asarray(types, jnp.int32),
+    }
+
+
 @functools.cache
 def model(config=CONFIG):
     """Scanned, which compiles sooner than unrolled; no bias is 0 and no scale 1, as init has them."""
-    fns, rng = vit.build(config, scan_layers=True), np.random.default_rng(2)
+    family, rng = configs.family_of(config), np.random.default_rng(2)
+    fns = family.build(config, scan_layers=True)
     shapes = jax.eval_shape(fns.init, KEY)
     return fns, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 
@@ -76,14 +108,19 @@ def torch_model(path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
-    loaded, info = transformers.ViTForImageClassification.from_pretrained(
+    (architecture,) = json.loads((path / "config.json").read_text())["architectures"]
+    loaded, info = getattr(transformers, architecture).from_pretrained(
         path, output_loading_info=True, attn_implementation="eager"
     )
     assert not any(info.values()), info
     return loaded.eval()
 
 
-def to_torch(images):
+def to_torch(inputs):
+    """Inputs as keyword arguments of the torch model."""
     import torch
 
-    return torch.tensor(np.asarray(images).transpose(0, 3, 1, 2).copy())
+    arrays = {name: np.array(x) for name, x in inputs.items()}
+    return {
+        name: torch.tensor(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x) for name, x in arrays.items()
+    }

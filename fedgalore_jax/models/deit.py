@@ -12,6 +12,7 @@ from fedgalore_jax.models.functional import Transform
 PREFIX = "deit."
 HEAD = vit.HEAD
 IGNORED = r"deit\.pooler\.|(cls|distillation)_classifier\."  # the two heads that distillation trained
+MODULES = vit.MODULES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,15 @@ PREFIX = "vit."
 HEAD = r"classifier/"
 IGNORED = r"vit\.pooler\."  # a bare ViTModel has one; classification reads the CLS token itself
 
+MODULES = (
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.attention\.(query|key|value)", lambda match: f"attention.{match[1][0]}_proj"),
+    (r"attention\.output\.dense", "attention.o_proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
+)
+"""The file's names to those in memory since transformers 5, in this order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

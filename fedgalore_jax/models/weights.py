@@ -79,7 +79,7 @@ def load(
     path = pathlib.Path(path)
     family, config = configs.read(path, num_labels, dropout)
     fns = family.build(config, precision=precision, scan_layers=scan_layers, remat=remat)
-    slots, (file, found) = _slots(family, fns), tensors.find(path)
+    slots, (file, found) = slots_of(fns), tensors.find(path)
     found = _named_as_now(family, slots, found)
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
@@ -131,7 +131,6 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
       ValueError: `params` are not this model's.
     """
     path = pathlib.Path(path)
-    family = configs.family_of(fns.config)
     shapes, flat = _shapes(fns), tree.flatten(params)
     got = {leaf: getattr(array, "shape", None) for leaf, array in flat.items()}
     want = {leaf: array.shape for leaf, array in shapes.items()}
@@ -142,7 +141,7 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
         )
     flat = {leaf: np.asarray(array) for leaf, array in flat.items()}
     rows = {}
-    for name, slot in _slots(family, fns).items():
+    for name, slot in slots_of(fns).items():
         array = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
         rows[name] = np.ascontiguousarray(slot.transform(array))
 
@@ -164,9 +163,9 @@ def _shapes(fns: ModelFns) -> Flat:
     return tree.flatten(jax.eval_shape(fns.init, jax.random.key(0)))
 
 
-def _slots(family: Any, fns: ModelFns) -> dict[str, Slot]:
+def slots_of(fns: ModelFns) -> dict[str, Slot]:
     """What the file of this model must hold, by the names of its tensors."""
-    slots = {}
+    family, slots = configs.family_of(fns.config), {}
     for path, leaf in _shapes(fns).items():
         rows = ((re.fullmatch(ours, path), *row) for ours, *row in family.table(fns.config))
         match, theirs, transform = next((match, *row) for match, *row in rows if match)
