@@ -23,10 +23,14 @@ DOORS = {
     "flax": {"models"},
     "safetensors": {"models"},
     "orbax": {"checkpoint"},
+    "transformers": {"data"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "scipy": {"data"},
     "sklearn": {"data"},
     "absl": {"experiments"},
     "matplotlib": {"experiments"},
-    "PIL": {"experiments"},
+    "PIL": {"data"},
 }
 ONLY_NUMPY = {"data", "metrics"}
 FILES = sorted([*ROOT.glob("fedgalore_jax/**/*.py"), *ROOT.glob("experiments/**/*.py"), ROOT / "run.py"])
