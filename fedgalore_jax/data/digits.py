@@ -34,7 +34,7 @@ def domains() -> Dataset:
       A `Dataset` as `load`'s, with `domains`, and each domain's test split in `more_tests`.
     """
     uci = load()
-    splits = {"uci": (uci.train, uci.validation, uci.test)}
+    splits: dict[str, tuple[Split, ...]] = {"uci": (uci.train, uci.validation, uci.test)}
     fonts, labels = rendered_digits.render(rendered_digits.HELD_OUT_FONTS, RENDERED, seed=2)
     for name, (pixels, own) in {"mnist": _mnist(), "fonts": (fonts * 2 - 1, labels)}.items():
         splits[name] = _split(pixels, own, split_rows(len(own), [0.1, 0.2], seed=0))

@@ -174,7 +174,7 @@ def table(
         line = f"{client:>8}{sizes[client]:>9}{(row > 0).sum():>9}{row.max() / sizes[client]:>9.0%}"
         if domains is not None:
             own = np.unique(domains[parts[client]])
-            text = ", ".join(names[d] if names else str(d) for d in own[:4])
+            text = ", ".join(str(names[d]) if names else str(d) for d in own[:4])
             line += f"  {text}" + f" and {len(own) - 4} more" * (len(own) > 4)
         lines.append(line)
     present = (by_class > 0).sum(1)

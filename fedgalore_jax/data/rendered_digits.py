@@ -7,6 +7,7 @@ stretched to the frame, and cut at the level that leaves a random share of ink.
 """
 
 import functools
+from collections.abc import Callable
 from importlib import metadata
 
 import numpy as np
@@ -116,7 +117,7 @@ def _fields(font: str) -> np.ndarray:
         field = Image.new("L", (GLYPH, GLYPH))
         field.paste(ink, ((GLYPH - ink.width) // 2, (GLYPH - height) // 2))
         inside = np.asarray(field) > 127
-        distance = ndimage.distance_transform_edt
+        distance: Callable[[np.ndarray], np.ndarray] = ndimage.distance_transform_edt  # type: ignore
         fields.append(distance(inside) - distance(~inside))
     return np.stack(fields).astype(np.float32)
 
@@ -141,8 +142,8 @@ def _shape(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     narrow, shift, tall = uniform(0.7, 1.0), uniform(-0.1, 0.1), uniform(1.0, 1.06)
     grid = (np.arange(FRAME) + 0.5) / FRAME * 2 - 1
     for _ in range(2):  # twice, because the box of the ink depends on the level, and it on the box
-        middle, half = _extent((warped > level).any(2), cuts[:2])
-        centre, reach = _extent((warped > level).any(1), cuts[2:])
+        middle, half = _extent(np.any(warped > level, 2), cuts[:2])
+        centre, reach = _extent(np.any(warped > level, 1), cuts[2:])
         aspect = np.clip(reach / half * narrow, 0.2, 0.65)
         rows = middle + half * grid[None, :, None] * tall
         columns = centre + reach * (grid[None, None, :] / aspect + shift)
@@ -172,7 +173,7 @@ def _bend(n: int, rng: np.random.Generator) -> np.ndarray:
     from scipy import ndimage  # `_fields` came first and would have said what to install
 
     coarse = rng.normal(0, 1.8, (n, 5, 5))
-    smooth = ndimage.zoom(np.eye(5), (GLYPH / 5, 1), order=3, mode="nearest")
+    smooth = np.asarray(ndimage.zoom(np.eye(5), (GLYPH / 5, 1), order=3, mode="nearest"))
     return smooth @ coarse @ smooth.T
 
 

@@ -168,7 +168,7 @@ def _value(text: str) -> float | None:
     """The value of an arithmetic expression; None where it is none."""
 
     def walk(node):
-        if isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return float(node.value)
         if isinstance(node, ast.BinOp):
             return _OPERATORS[type(node.op)](walk(node.left), walk(node.right))
