@@ -79,7 +79,7 @@ def build(
       splits: `train`, `validation`, `test`.
       source: the model, its limits, the cache.
       score: of generated answers.
-      max_new_tokens: of a generated answer.
+      max_new_tokens: of a generated answer; half of the model's positions at most.
 
     Returns:
       A `Dataset` with labels `[n, L]` and `generation` from `test`. Its `classes` are the rows of
@@ -110,9 +110,8 @@ def build(
             )
         parts[name] = _arrays([encoded[i] for i in kept[name]], limit, pad)
     prompts = [p for p, _ in _encode(source, own, splits["test"])]
+    max_new_tokens = min(max_new_tokens, positions // 2)
     room = positions - max_new_tokens
-    if room < 1:
-        raise ValueError(f"{source.model} has {positions} positions: no room for {max_new_tokens} new tokens")
     if cut := sum(len(p) > room for p in prompts):
         notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
     prompts = [p[-room:] for p in prompts]

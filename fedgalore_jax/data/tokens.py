@@ -175,7 +175,7 @@ def cached(folder: pathlib.Path | None, key: Any, compute) -> dict[str, np.ndarr
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = folder / f"{digest}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
         pass
