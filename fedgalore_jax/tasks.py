@@ -109,6 +109,17 @@ def _mean(losses: Array, weight: Array) -> Array:
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
 
 
+def _own(load: Callable[[Source], Dataset]) -> Callable[[Source], Dataset]:
+    """A loader of data that the task brings itself: `--data` would have no effect."""
+
+    def loader(source: Source) -> Dataset:
+        if source.data is not None:
+            raise ValueError(f"data={source.data!r}: this task has its own data; use text, images or sft")
+        return load(source)
+
+    return loader
+
+
 def _text(load, metric: str = "accuracy", measure: Metrics = metrics.classification) -> Task:
     return Task(load, "minilm", cross_entropy, _logits, measure, metric, {}, "(pooler|classifier)/")
 
@@ -130,19 +141,19 @@ def _answers(load) -> Task:
 _SCORES = {"cola": ("matthews", metrics.matthews), "mrpc": ("f1", metrics.f1), "qqp": ("f1", metrics.f1)}
 _DIGITS_LR = {"fedavg": 1e-3, "fedgalore": 1e-2, "fedit": 3e-3}
 _TASKS = {
-    "digits": _image(lambda source: digits.load(), "digits_vit", _DIGITS_LR),
-    "digits_domains": _image(lambda source: digits.domains(), "digits_vit"),
+    "digits": _image(_own(lambda source: digits.load()), "digits_vit", _DIGITS_LR),
+    "digits_domains": _image(_own(lambda source: digits.domains()), "digits_vit"),
     "cifar10": _image(functools.partial(images.cifar, "cifar10")),
     "cifar100": _image(functools.partial(images.cifar, "cifar100")),
     "domainnet": _image(images.domainnet),
     "images": _image(images.load),
-    "trec": _text(corpora.trec),
-    "20newsgroups": _text(corpora.newsgroups),
-    "sentiment": _text(corpora.sentiment),
+    "trec": _text(_own(corpora.trec)),
+    "20newsgroups": _text(_own(corpora.newsgroups)),
+    "sentiment": _text(_own(corpora.sentiment)),
     "text": _text(text.load),
     "sft": _answers(sft.load),
     "metamath": _answers(word_problems.metamath),
-    "gsm_symbolic": _answers(word_problems.gsm_symbolic),
+    "gsm_symbolic": _answers(_own(word_problems.gsm_symbolic)),
     "glue/stsb": _regression(functools.partial(glue.load, "stsb")),
     **{
         f"glue/{name}": _text(

@@ -1,5 +1,7 @@
 """The table of tasks, their losses and metrics against references."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from fedgalore_jax import metrics, tasks
+from fedgalore_jax.data import Source
 
 RNG = np.random.default_rng(0)
 LOGITS, LABELS = RNG.normal(size=(60, 2)), RNG.integers(0, 2, 60)
@@ -65,3 +68,11 @@ def test_constant_guesses_score_zero():
 def test_an_unknown_task_lists_the_others():
     with pytest.raises(ValueError, match="unknown task 'glue/wnli': choose from 20newsgroups"):
         tasks.get("glue/wnli")
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "digits_domains", "trec", "20newsgroups", "sentiment", "gsm_symbolic"]
+)
+def test_a_task_with_its_own_data_takes_no_other(name):
+    with pytest.raises(ValueError, match="data='mine': this task has its own data"):
+        tasks.get(name).load(Source(pathlib.Path("nowhere"), "mine"))
