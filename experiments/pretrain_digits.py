@@ -17,9 +17,8 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from experiments import rendered_digits
 from fedgalore_jax import models, tree
-from fedgalore_jax.data import digits
+from fedgalore_jax.data import digits, rendered_digits
 from fedgalore_jax.models import vit
 
 FLAGS = flags.FLAGS

@@ -1,6 +1,9 @@
 """What a person looks at after a run: a line, a table, curves."""
 
 import pathlib
+from collections.abc import Sequence
+
+import numpy as np
 
 from fedgalore_jax.progress import human
 from fedgalore_jax.train import Result, write_json
@@ -61,4 +64,46 @@ def curves(out: pathlib.Path, results: list[Result]) -> None:
     partial = out / "curves.partial.png"
     figure.savefig(partial, dpi=120)
     partial.replace(out / "curves.png")
+    pyplot.close(figure)
+
+
+def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Draws how many samples of each class each client has.
+
+    Args:
+      path: of the PNG.
+      counts: `[N, classes]`, as `data.partition.counts`. Clients are drawn in order of their most frequent
+        class, so that skew shows as a diagonal; the colour is logarithmic, and white is none.
+      names: of the classes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
+    clients, classes = counts.shape
+    order = np.lexsort((-counts.max(1), counts.argmax(1)))
+    size = (2.5 + min(max(classes * 0.4, 3), 14), 1.5 + min(max(clients * 0.3, 2.5), 7))
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
+    shown = np.ma.masked_equal(counts[order], 0)
+    norm = colors.LogNorm(1, max(int(counts.max()), 2))
+    image = axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis_r", norm=norm)
+    figure.colorbar(image, label="samples")
+    axis.set(xlabel="class", ylabel="client" if clients <= 30 else f"{clients} clients, by main class")
+    if clients <= 30:
+        axis.set_yticks(range(clients), [str(client) for client in order])
+    else:
+        axis.set_yticks([])
+    if len(names) == classes <= 40:
+        long = max(map(len, names)) > 3
+        axis.set_xticks(range(classes), names, rotation=60 if long else 0, ha="right" if long else "center")
+    if clients <= 20 and classes <= 12:
+        for (row, column), count in np.ndenumerate(counts[order]):
+            if count:
+                dark = norm(count) > 0.5
+                colour = "white" if dark else "black"
+                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
     pyplot.close(figure)

@@ -1,5 +1,6 @@
-"""Tasks by name: a data set, the model that is fine-tuned on it, a loss and the metric."""
+"""Tasks by name: a data set, the model that is fine-tuned on it, a loss and the metrics."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,26 +9,45 @@ import numpy as np
 import optax
 
 from fedgalore_jax import metrics
-from fedgalore_jax.data import Dataset, digits
+from fedgalore_jax.data import (
+    IGNORE,
+    Dataset,
+    Source,
+    corpora,
+    digits,
+    glue,
+    images,
+    sft,
+    text,
+    word_problems,
+)
 from fedgalore_jax.types import Array, Batch
+
+Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
 class Task(NamedTuple):
     """What is learned.
 
     Attributes:
-      load: reads the data.
-      model: the default of `--model`, a directory in Hugging Face's layout or a model the package ships.
-      loss: `(logits, batch) -> scalar`, a mean over the samples with weight 1.
-      metrics: `(logits, labels) -> {name: value}`, computed from a whole split at once.
+      load: reads the data, tokenised or resized for the model that the source names.
+      model: the default of `--model`, a name or a directory; None where one must be given.
+      loss: `(logits, batch) -> scalar`, a mean over the samples with weight 1 (their answer tokens, in sft).
+      outputs: `(logits, batch) -> [B, ...]`, what `metrics` needs of a batch, reduced on the device.
+      metrics: `(outputs [n, ...], labels) -> {name: value}`, computed from a whole split at once.
+      metric: the name of the one to select by; larger is better.
       lr: learning rates tuned on the validation split, by method, with the default model.
+      train: path regexes of the leaves that every method trains plainly, comma-separated.
     """
 
-    load: Callable[[], Dataset]
-    model: str
+    load: Callable[[Source], Dataset]
+    model: str | None
     loss: Callable[[Array, Batch], Array]
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    outputs: Callable[[Array, Batch], Array]
+    metrics: Metrics
+    metric: str
     lr: dict[str, float]
+    train: str
 
 
 def cross_entropy(logits: Array, batch: Batch) -> Array:
@@ -40,19 +60,108 @@ def cross_entropy(logits: Array, batch: Batch) -> Array:
     Returns:
       A scalar in nats, in float32 or better.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-    return (losses * batch["weight"]).sum() / jnp.maximum(batch["weight"].sum(), 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(_wide(logits), batch["labels"])
+    return _mean(losses, batch["weight"])
 
 
+def squared_error(logits: Array, batch: Batch) -> Array:
+    """Mean squared error of `logits [B, 1]` over the real samples of a batch."""
+    return _mean((_wide(logits)[:, 0] - batch["labels"]) ** 2, batch["weight"])
+
+
+def answer_loss(logits: Array, batch: Batch) -> Array:
+    """Mean next-token cross-entropy over the answer tokens of a batch's real samples.
+
+    Args:
+      logits: `[B, L, V]`; position i predicts token i + 1.
+      batch: with `labels [B, L]` (`IGNORE` outside the answer) and `weight [B]`.
+    """
+    nll, count, _ = jnp.moveaxis(answer_outputs(logits, batch), -1, 0)
+    weight = batch["weight"]
+    return (nll * weight).sum() / jnp.maximum((count * weight).sum(), 1)
+
+
+def answer_outputs(logits: Array, batch: Batch) -> Array:
+    """`[B, 3]` float32: each sample's summed nats, answer tokens, and answer tokens predicted right."""
+    logits, labels = _wide(logits[:, :-1]), batch["labels"][:, 1:]
+    real = labels != IGNORE
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
+    right = (logits.argmax(-1) == labels) & real
+    sums = ((losses * real).sum(-1), real.sum(-1), right.sum(-1))
+    return jnp.stack([x.astype(losses.dtype) for x in sums], -1)
+
+
+def _logits(logits: Array, batch: Batch) -> Array:
+    del batch
+    return logits
+
+
+def _value(logits: Array, batch: Batch) -> Array:
+    del batch
+    return _wide(logits)[:, 0]
+
+
+def _wide(logits: Array) -> Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _mean(losses: Array, weight: Array) -> Array:
+    return (losses * weight).sum() / jnp.maximum(weight.sum(), 1)
+
+
+def _own(load: Callable[[Source], Dataset]) -> Callable[[Source], Dataset]:
+    """A loader of data that the task brings itself: `--data` would have no effect."""
+
+    def loader(source: Source) -> Dataset:
+        if source.data is not None:
+            raise ValueError(f"data={source.data!r}: this task has its own data; use text, images or sft")
+        return load(source)
+
+    return loader
+
+
+def _text(load, metric: str = "accuracy", measure: Metrics = metrics.classification) -> Task:
+    return Task(load, "minilm", cross_entropy, _logits, measure, metric, {}, "(pooler|classifier)/")
+
+
+def _regression(load) -> Task:
+    task = _text(load, "pearson", metrics.regression)
+    return task._replace(loss=squared_error, outputs=_value)
+
+
+def _image(load, model: str | None = None, lr: dict[str, float] | None = None) -> Task:
+    measure = metrics.classification
+    return Task(load, model, cross_entropy, _logits, measure, "accuracy", lr or {}, "classifier/")
+
+
+def _answers(load) -> Task:
+    return Task(load, "smollm2", answer_loss, answer_outputs, metrics.answers, "token_accuracy", {}, "")
+
+
+_SCORES = {"cola": ("matthews", metrics.matthews), "mrpc": ("f1", metrics.f1), "qqp": ("f1", metrics.f1)}
+_DIGITS_LR = {"fedavg": 1e-3, "fedgalore": 1e-2, "fedit": 3e-3}
 _TASKS = {
-    "digits": Task(
-        digits.load,
-        "digits_vit",
-        cross_entropy,
-        metrics.classification,
-        lr={"fedavg": 1e-3, "fedgalore": 1e-2, "fedit": 3e-3},
-    ),
+    "digits": _image(_own(lambda source: digits.load()), "digits_vit", _DIGITS_LR),
+    "digits_domains": _image(_own(lambda source: digits.domains()), "digits_vit"),
+    "cifar10": _image(functools.partial(images.cifar, "cifar10")),
+    "cifar100": _image(functools.partial(images.cifar, "cifar100")),
+    "domainnet": _image(images.domainnet),
+    "images": _image(images.load),
+    "trec": _text(_own(corpora.trec)),
+    "20newsgroups": _text(_own(corpora.newsgroups)),
+    "sentiment": _text(_own(corpora.sentiment)),
+    "text": _text(text.load),
+    "sft": _answers(sft.load),
+    "metamath": _answers(word_problems.metamath),
+    "gsm_symbolic": _answers(_own(word_problems.gsm_symbolic)),
+    "glue/stsb": _regression(functools.partial(glue.load, "stsb")),
+    **{
+        f"glue/{name}": _text(
+            functools.partial(glue.load, name), *_SCORES.get(name, ("accuracy", metrics.classification))
+        )
+        for name in glue.TASKS
+        if name != "stsb"
+    },
 }
 
 

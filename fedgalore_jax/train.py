@@ -17,7 +17,7 @@ import optax
 
 from fedgalore_jax import engine, models, strategies, tasks, tree
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, FederatedData, Plan, Split, partition
+from fedgalore_jax.data import Dataset, FederatedData, Plan, Source, Split, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.strategies.base import ROLES, Common
@@ -94,7 +94,7 @@ def prepare(config: Config) -> Prepared:
         refuse_used(pathlib.Path(config.out_dir))
     task = tasks.get(config.task)
     strategy = strategy_of(config, task.lr)
-    dataset = task.load()
+    dataset = task.load(source(config, task))
     federation = federate(config, dataset)
     fns, params = model(config, task, dataset)
     cohort = config.cohort or config.clients
@@ -294,15 +294,32 @@ def federate(config: Config, dataset: Dataset) -> FederatedData:
     """Splits the training set over the clients."""
     rng = np.random.default_rng([config.seed, PARTITION])
     parts = partition(
-        dataset.train.labels, config.clients, kind=config.partition, alpha=config.alpha, rng=rng
+        dataset.classes,
+        config.clients,
+        kind=config.partition,
+        alpha=config.alpha,
+        rng=rng,
+        domains=dataset.domains,
     )
     return FederatedData(parts, config.seed)
+
+
+def source(config: Config, task: tasks.Task) -> Source:
+    """What the task's loader is told."""
+    return Source(model_path(model_name(config, task)), seed=config.seed)
+
+
+def model_name(config: Config, task: tasks.Task) -> str:
+    """The model of a run: the config's, or the task's."""
+    if config.model is None and task.model is None:
+        raise ValueError(f"{config.task} has no model of its own: give --model=DIR")
+    return config.model or task.model or ""
 
 
 def model(config: Config, task: tasks.Task, dataset: Dataset) -> tuple[models.ModelFns, Params]:
     """The model that a config names, with a head for the task."""
     return models.load(
-        model_path(config.model or task.model),
+        model_path(model_name(config, task)),
         num_labels=dataset.num_labels,
         new_head=config.new_head,
         dropout=config.dropout,

@@ -49,7 +49,7 @@ def test_partition_is_a_function_of_the_seed():
     [
         ({"clients": 601}, "clients=601 but there are only 600 training samples"),
         ({"alpha": 0.0}, "alpha=0.0 must be positive"),
-        ({"kind": "dirichlett"}, "partition='dirichlett' is not one of dirichlet, iid"),
+        ({"kind": "dirichlett"}, "partition='dirichlett' is not one of dirichlet, domain,"),
     ],
 )
 def test_partitions_that_cannot_be(arguments, message):

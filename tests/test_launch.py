@@ -15,6 +15,7 @@ import tiny_vit
 from experiments.launch import main
 from fedgalore_jax import models, tasks, train
 from fedgalore_jax.config import Config
+from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,7 +77,7 @@ def test_the_same_split_and_start_for_every_method(compared):
 def test_the_saved_model_is_the_one_that_was_measured(compared):
     out, _ = compared
     fns, params = models.load(out / "fedgalore" / "model")
-    test = tasks.get("digits").load().test
+    test = digits.load().test
     logits = np.asarray(jax.jit(fns.apply)(params, test.inputs))
     summary = json.loads((out / "fedgalore" / "summary.json").read_text())
     measured = classification(logits, test.labels)
@@ -117,7 +118,7 @@ def test_the_seed_decides_the_split_and_the_head():
     def start(seed):
         config = Config(seed=seed)
         task = tasks.get(config.task)
-        data = task.load()
+        data = task.load(train.source(config, task))
         return train.federate(config, data).parts[0], train.model(config, task, data)[1]
 
     (part, params), (same_part, same), (other_part, other) = start(0), start(0), start(1)
@@ -148,7 +149,7 @@ BAD = {
     "--adapt=layers/.*bias": "only kernels can be adapted",
     "--method=fedsgd": "unknown method 'fedsgd': choose from fedavg",
     "--method=fedavg,fedavg": "name each method once",
-    "--task=mnist": "unknown task 'mnist': choose from digits",
+    "--task=mnist": "unknown task 'mnist': choose from 20newsgroups",
     "--opt=sync=max": "sync='max' is not one of",
     "--opt=snyc=mean": "has no option 'snyc': its options are",
     "--opt=sync": "opt='sync' is not name=value",

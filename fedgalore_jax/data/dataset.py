@@ -1,8 +1,37 @@
-"""A data set in memory."""
+"""A data set in memory, and what a loader is told."""
 
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+IGNORE = -100
+"""A label of `[n, L]` labels where no loss is taken, as Hugging Face's and PyTorch's losses have it."""
+
+
+class Source(NamedTuple):
+    """What a loader may need to know; each reads what concerns it.
+
+    Attributes:
+      model: the model's directory in Hugging Face's layout: tokenizer, positions, image size, mean and std.
+      data: the user's file or folder, or None for the task's own data.
+      text_column: of a user's table; two, comma-separated, for pairs of sentences or prompt and answer.
+      label_column: of a user's table.
+      client_column: of a user's table, the natural key of a partition; None for none.
+      max_length: tokens at most; the task's default if None. The model's positions bound it anyway.
+      seed: of every split that the data do not come with.
+      cache: folder of tokenised data, or None to keep nothing.
+    """
+
+    model: pathlib.Path
+    data: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    client_column: str | None = None
+    max_length: int | None = None
+    seed: int = 0
+    cache: pathlib.Path | None = None
 
 
 class Split(NamedTuple):
@@ -10,17 +39,101 @@ class Split(NamedTuple):
 
     Attributes:
       inputs: model inputs by their Hugging Face names, each `[n, ...]`.
-      labels: `[n]`.
+      labels: `[n]` integer classes, `[n]` float32 targets, or `[n, L]` token ids with `IGNORE`.
     """
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
 
+    def take(self, rows: np.ndarray) -> "Split":
+        """The samples of those rows."""
+        return Split({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+
+
+class Generation(NamedTuple):
+    """The test split as questions to be answered by generating.
+
+    Attributes:
+      inputs: `input_ids` and `attention_mask` of the prompts, `[n, L]`, padded on the left.
+      references: the n right answers.
+      decode: `tokens [n, T] -> n texts`; what follows the first end token is dropped.
+      score: `(texts, references) -> {metric: value}`.
+      eos: tokens that end an answer.
+      pad: the padding token.
+      max_new_tokens: T at most.
+    """
+
+    inputs: dict[str, np.ndarray]
+    references: list[str]
+    decode: Callable[[np.ndarray], list[str]]
+    score: Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+    eos: tuple[int, ...]
+    pad: int
+    max_new_tokens: int
+
 
 class Dataset(NamedTuple):
-    """Three splits: tuning and model selection look at `validation`, never at `test`."""
+    """Three splits: tuning and model selection look at `validation`, never at `test`.
+
+    Attributes:
+      train, validation, test: the splits.
+      num_labels: outputs of the model's head; 0 where it has none.
+      classes: `[n_train]` integers that a label-skewed partition deals by.
+      label_names: of the classes, in order; empty where `classes` are only bins.
+      domains: `[n_train]` natural key of each training sample (a domain, the user's client), or None.
+      domain_names: in the order of `domains`.
+      more_tests: further test splits by name, such as one per domain.
+      generation: the test split to be answered by generating, or None.
+      notes: what was left out or cut on the way, a line each, to be shown.
+    """
 
     train: Split
     validation: Split
     test: Split
     num_labels: int
+    classes: np.ndarray
+    label_names: tuple[str, ...] = ()
+    domains: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
+    more_tests: dict[str, Split] = {}  # noqa: RUF012 - never written to
+    generation: Generation | None = None
+    notes: tuple[str, ...] = ()
+
+
+def split_rows(
+    n: int, shares: Sequence[float], seed: int, keep: Sequence[np.ndarray] = ()
+) -> list[np.ndarray]:
+    """Deals n rows into consecutive shares of a shuffle.
+
+    Args:
+      n: rows.
+      shares: of the parts after the first, which gets the rest; every part gets one row at least.
+      seed: decides the shuffle.
+      keep: keys `[n]` of rows; each key's first row of the shuffle goes to the first part, so that no
+        label and no client is missing from training.
+
+    Returns:
+      One sorted array of rows a part.
+
+    Raises:
+      ValueError: fewer rows than parts.
+
+    >>> [part.size for part in split_rows(20, [0.1, 0.1], seed=0)]
+    [16, 2, 2]
+    """
+    counts = [max(1, round(share * n)) for share in shares]
+    if n <= len(shares):
+        raise ValueError(f"{n} samples cannot make {len(shares) + 1} splits: give more data")
+    order = np.random.default_rng(seed).permutation(n)
+    held = np.zeros(n, bool)
+    for keys in keep:
+        held[np.unique(np.asarray(keys)[order], return_index=True)[1]] = True
+    order = np.concatenate([order[held], order[~held]])
+    counts = [min(counts[i], max(1, (n - 1) // len(counts))) for i in range(len(counts))]
+    return [np.sort(part) for part in np.split(order, np.cumsum([n - sum(counts), *counts])[:-1])]
+
+
+def bins(values: np.ndarray, count: int = 10) -> np.ndarray:
+    """Quantile bins `[n]` of regression targets, which a label-skewed partition deals by."""
+    edges = np.unique(np.quantile(values, np.arange(1, count) / count))
+    return np.searchsorted(edges, values, side="right").astype(np.int32)

@@ -7,12 +7,10 @@ stretched to the frame, and cut at the level that leaves a random share of ink.
 """
 
 import functools
-import pathlib
+from collections.abc import Callable
+from importlib import metadata
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 HELD_OUT_FONTS = (
     "DejaVuSansMono-Bold.ttf",
@@ -95,6 +93,13 @@ def _fields(font: str) -> np.ndarray:
 
     Every glyph is scaled to the same height of ink, half of the field's, around the middle.
     """
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+        from scipy import ndimage
+
+        fonts = metadata.distribution("matplotlib")
+    except (ImportError, metadata.PackageNotFoundError) as error:
+        raise ImportError("digits are rendered from fonts: pip install matplotlib pillow scipy") from error
     fields = []
     for digit in range(10):
         canvas = Image.new("L", (8 * GLYPH, 8 * GLYPH))
@@ -103,16 +108,16 @@ def _fields(font: str) -> np.ndarray:
             corners = np.array(PEN[font].splitlines()[digit].split(), float) * 4 * GLYPH
             draw.line((corners + 2 * GLYPH).tolist(), fill=255, width=GLYPH // 2, joint="curve")
         else:
-            path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", font)
+            path = fonts.locate_file(f"matplotlib/mpl-data/fonts/ttf/{font}")
             face = ImageFont.truetype(str(path), 4 * GLYPH)
             draw.text((2 * GLYPH, 2 * GLYPH), str(digit), font=face, fill=255)
         ink = canvas.crop(canvas.getbbox())
         height = GLYPH // 2
-        ink = ink.resize((max(1, round(ink.width * height / ink.height)), height), Image.BILINEAR)
+        ink = ink.resize((max(1, round(ink.width * height / ink.height)), height), Image.Resampling.BILINEAR)
         field = Image.new("L", (GLYPH, GLYPH))
         field.paste(ink, ((GLYPH - ink.width) // 2, (GLYPH - height) // 2))
         inside = np.asarray(field) > 127
-        distance = ndimage.distance_transform_edt
+        distance: Callable[[np.ndarray], np.ndarray] = ndimage.distance_transform_edt  # type: ignore
         fields.append(distance(inside) - distance(~inside))
     return np.stack(fields).astype(np.float32)
 
@@ -137,8 +142,8 @@ def _shape(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     narrow, shift, tall = uniform(0.7, 1.0), uniform(-0.1, 0.1), uniform(1.0, 1.06)
     grid = (np.arange(FRAME) + 0.5) / FRAME * 2 - 1
     for _ in range(2):  # twice, because the box of the ink depends on the level, and it on the box
-        middle, half = _extent((warped > level).any(2), cuts[:2])
-        centre, reach = _extent((warped > level).any(1), cuts[2:])
+        middle, half = _extent(np.any(warped > level, 2), cuts[:2])
+        centre, reach = _extent(np.any(warped > level, 1), cuts[2:])
         aspect = np.clip(reach / half * narrow, 0.2, 0.65)
         rows = middle + half * grid[None, :, None] * tall
         columns = centre + reach * (grid[None, None, :] / aspect + shift)
@@ -165,8 +170,10 @@ def _extent(hit: np.ndarray, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _bend(n: int, rng: np.random.Generator) -> np.ndarray:
     """A smooth random displacement `[n, GLYPH, GLYPH]` from a coarse grid of 5 x 5."""
+    from scipy import ndimage  # `_fields` came first and would have said what to install
+
     coarse = rng.normal(0, 1.8, (n, 5, 5))
-    smooth = ndimage.zoom(np.eye(5), (GLYPH / 5, 1), order=3, mode="nearest")
+    smooth = np.asarray(ndimage.zoom(np.eye(5), (GLYPH / 5, 1), order=3, mode="nearest"))
     return smooth @ coarse @ smooth.T
 
 

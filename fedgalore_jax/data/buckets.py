@@ -1,0 +1,63 @@
+"""Few static lengths for many true ones, so that few programs are compiled."""
+
+import numpy as np
+
+from fedgalore_jax.data.dataset import IGNORE, Split
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+SEQUENCES = ("input_ids", "attention_mask", "token_type_ids")
+"""Inputs with a length axis; labels `[n, L]` have it too."""
+
+
+def bucket(length: int) -> int:
+    """The smallest of the static lengths that holds `length` tokens; multiples of 256 above 512.
+
+    >>> bucket(17), bucket(512), bucket(600)
+    (32, 512, 768)
+    """
+    return next((b for b in LENGTHS if length <= b), -(-length // 256) * 256)
+
+
+def pad(rows: list, length: int, value: int, *, left: bool = False) -> np.ndarray:
+    """Rows of different lengths as one `[n, length]` int32 array."""
+    out = np.full((len(rows), length), value, np.int32)
+    for target, row in zip(out, rows, strict=True):
+        target[slice(length - len(row), length) if left else slice(0, len(row))] = row
+    return out
+
+
+def split_by_length(split: Split) -> list[tuple[np.ndarray, Split]]:
+    """Sorts the samples of a split, padded on the right, into buckets.
+
+    Args:
+      split: with an `attention_mask [n, L]`; any other split is one bucket.
+
+    Returns:
+      `(rows, split)` a bucket: which rows of the whole split, and these cut to the bucket's length.
+    """
+    mask = split.inputs.get("attention_mask")
+    if mask is None:
+        return [(np.arange(len(split.labels)), split)]
+    whole = mask.shape[1]
+    # The last real token, not their number: a hole in the mask must not cut what follows it.
+    lengths = (mask * np.arange(1, whole + 1)).max(1)
+    sizes = np.minimum([bucket(int(length)) for length in lengths], whole)
+    out = []
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        part = split.take(rows)
+        inputs = {k: x[:, :size] if k in SEQUENCES else x for k, x in part.inputs.items()}
+        labels = part.labels[:, :size] if part.labels.ndim == 2 else part.labels
+        out.append((rows, Split(inputs, labels)))
+    return out
+
+
+def widen(split: Split, length: int, pad_token: int) -> Split:
+    """The same samples with more padding on the right, which no metric may notice."""
+
+    def wide(x, value):
+        return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
+
+    fill = {"input_ids": pad_token}
+    inputs = {k: wide(x, fill.get(k, 0)) if k in SEQUENCES else x for k, x in split.inputs.items()}
+    return Split(inputs, wide(split.labels, IGNORE) if split.labels.ndim == 2 else split.labels)

@@ -1,0 +1,225 @@
+"""Images of folders, parquet files and the hub, resized to a model's input.
+
+Pixels stay the bytes they were, `[n, H, W, C]` uint8: a quarter of the memory of floats, on the host and on
+the device. The model knows its own mean and standard deviation and normalises bytes as it reads them.
+"""
+
+import io
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedgalore_jax.data import tables
+from fedgalore_jax.data.dataset import Dataset, Source, Split, split_rows
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+MOST_DAMAGED = 0.01
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+
+
+class Item(NamedTuple):
+    """An image that was not opened yet.
+
+    Attributes:
+      file: a path, or encoded bytes.
+      label: the class's name.
+      split: "train", "validation", "test", or "" where a seeded split decides.
+      domain: the natural key, or "".
+      name: for messages.
+    """
+
+    file: pathlib.Path | bytes
+    label: str
+    split: str = ""
+    domain: str = ""
+    name: str = ""
+
+
+def load(source: Source) -> Dataset:
+    """A user's folder, `--task=images`: `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`."""
+    return build(folder(_root(source)), source)
+
+
+def domainnet(source: Source) -> Dataset:
+    """DomainNet's layout `domain/class/*.jpg`; official lists `DOMAIN_train.txt`, `DOMAIN_test.txt` are used.
+
+    Without the lists, each domain has a seeded tenth of its images for validation and a tenth as test.
+
+    References:
+      Peng et al., Moment matching for multi-source domain adaptation (1812.01754).
+    """
+    root = _root(source)
+    official = {}
+    for path in root.glob("*_t*.txt"):
+        split = path.stem.rpartition("_")[2]
+        if split in ("train", "test"):
+            official |= {line.split()[0]: split for line in path.read_text().splitlines() if line.strip()}
+    items = []
+    for domain in _folders(root):
+        for item in folder(domain):
+            relative = pathlib.Path(str(item.file)).relative_to(root).as_posix()
+            items.append(item._replace(domain=domain.name, split=official.get(relative, "")))
+    return build(items, source)
+
+
+def cifar(name: str, source: Source) -> Dataset:
+    """CIFAR-10 or -100 from the hub, a folder of parquet files of its schema, or a folder of images.
+
+    Args:
+      name: "cifar10" or "cifar100" (fine labels).
+      source: `data`, or None for the hub.
+    """
+    column = {"cifar10": "label", "cifar100": "fine_label"}[name]
+    if source.data is None:
+        found = tables.hub(f"uoft-cs/{name}", raw_images="img")
+    elif any(path.suffix == ".parquet" for path in _root(source).iterdir()):
+        found = tables.splits(source.data)
+    else:
+        return load(source)
+    items = []
+    for split, table in found.items():
+        for i, (image, label) in enumerate(zip(*tables.columns(table, ["img", column], split), strict=True)):
+            items.append(Item(image["bytes"], str(label), split, name=f"image {i + 1} of {split}"))
+    return build(items, source)
+
+
+def folder(root: pathlib.Path) -> list[Item]:
+    """The images under `class/` or `split/class/`."""
+    first = _folders(root)
+    named = [path for path in first if path.name in SPLITS]
+    pairs = [(p, SPLITS[split.name]) for split in named for p in _folders(split)] or [(p, "") for p in first]
+    if named and not any(split == "train" for _, split in pairs):
+        raise ValueError(
+            f"data={str(root)!r} has no train/CLASS folders: there are {', '.join(p.name for p in named)}"
+        )
+    items = [
+        Item(file, path.name, split, name=str(file))
+        for path, split in pairs
+        for file in sorted(path.iterdir())
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not items:
+        raise ValueError(
+            f"data={str(root)!r} is empty: put images into one folder a class ({', '.join(SUFFIXES)})"
+        )
+    return items
+
+
+def build(items: Sequence[Item], source: Source) -> Dataset:
+    """Opens images and splits them.
+
+    Args:
+      items: all images; splits that none of them names are taken from the training ones (a seeded tenth
+        each, domain by domain).
+      source: the model's directory says which size and how many channels.
+
+    Returns:
+      A `Dataset`; with several domains, each one's test split is in `more_tests`.
+
+    Raises:
+      ValueError: a class of the test split that training lacks; more than one image in a hundred is damaged.
+      ImportError: Pillow is not installed.
+    """
+    size, channels = _model_input(source.model)
+    pixels, damaged = _open_all([item.file for item in items], size, channels)
+    if len(damaged) > MOST_DAMAGED * len(items):
+        raise ValueError(
+            f"{len(damaged)} of {len(items)} images cannot be read, more than 1%; the first is"
+            f" {items[damaged[0]].name}: repair or remove them"
+        )
+    items = [item for i, item in enumerate(items) if i not in set(damaged)]
+    split = np.array([item.split or "train" for item in items], dtype="U10")
+    domain = np.array([item.domain for item in items])
+    _complete(split, domain, np.array([item.label for item in items]), source.seed)
+    trained = {item.label for item, where in zip(items, split, strict=True) if where == "train"}
+    if strange := sorted({item.label for item in items} - trained):
+        raise ValueError(f"class {strange[0]!r} has no training image: give it one, or drop it")
+    names = tuple(sorted(trained, key=lambda name: name.zfill(9) if name.isdigit() else name))
+    index = {name: i for i, name in enumerate(names)}
+    labels = np.array([index[item.label] for item in items], np.int32)
+
+    def part(rows):
+        return Split({"pixel_values": pixels[rows]}, labels[rows])
+
+    train, validation, test = (part(split == name) for name in ("train", "validation", "test"))
+    notes = (f"{len(damaged)} of {len(items) + len(damaged)} images cannot be read and were skipped",)
+    domains, domain_names, more = None, tuple(sorted(set(domain.tolist()) - {""})), {}
+    if domain_names:
+        domains = np.searchsorted(domain_names, domain[split == "train"]).astype(np.int32)
+        more = {name: part((split == "test") & (domain == name)) for name in domain_names}
+    return Dataset(
+        train, validation, test, len(names), train.labels, names, domains, domain_names, more,
+        notes=notes if damaged else (),
+    )  # fmt: skip
+
+
+def _complete(split: np.ndarray, domain: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    """Moves seeded tenths of the training images into the splits that are missing, in place."""
+    for name in sorted(set(domain.tolist())):
+        here = domain == name
+        missing = [part for part in ("validation", "test") if not (split[here] == part).any()]
+        rows = np.flatnonzero(here & (split == "train"))
+        if missing:
+            parts = split_rows(len(rows), [0.1] * len(missing), seed, [labels[rows]])
+            for part, chosen in zip(missing, parts[1:], strict=True):
+                split[rows[chosen]] = part
+
+
+def _model_input(model: pathlib.Path) -> tuple[int, int]:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if "image_size" not in config:
+        raise ValueError(f"{model} is a {config.get('model_type')} model and reads no images: choose a ViT")
+    return config["image_size"], config.get("num_channels", 3)
+
+
+def _open_all(
+    files: Sequence[pathlib.Path | bytes], size: int, channels: int
+) -> tuple[np.ndarray, list[int]]:
+    """Pixels `[n - damaged, size, size, channels]` uint8 of what can be read, and what cannot."""
+    read = reader(size, channels)
+    pixels, good, damaged = np.empty((len(files), size, size, channels), np.uint8), 0, []
+    for i, file in enumerate(files):
+        try:
+            pixels[good] = read(file)
+            good += 1
+        except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
+            damaged.append(i)
+    return pixels[:good], damaged
+
+
+def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
+    """A function from a path or encoded bytes to pixels `[size, size, channels]` uint8, bilinear as ViT's."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images are read by Pillow: pip install pillow") from error
+
+    def read(file: pathlib.Path | bytes) -> np.ndarray:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            mode = {1: "L", 3: "RGB"}[channels]
+            small = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(small).reshape(size, size, channels)
+
+    return read
+
+
+def _root(source: Source) -> pathlib.Path:
+    if source.data is None:
+        raise ValueError("data is missing: give the folder of the images")
+    root = pathlib.Path(source.data)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data={source.data!r} is not a folder")
+    return root
+
+
+def _folders(root: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

