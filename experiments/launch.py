@@ -2,13 +2,17 @@
 
 import dataclasses
 import datetime
+import json
 import pathlib
 import sys
 from collections.abc import Callable
 
 from absl import flags
 
-USAGE = "python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]; --list, --help"
+USAGE = """python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]
+python run.py --evaluate=DIR --task=TASK   the metrics of a saved model on the test split, as JSON
+python run.py --predict=FILE --model=DIR --task=TASK   its answer to every sample of a file, as JSON lines
+python run.py --list | --help"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,25 +57,52 @@ def _main(argv: list[str]) -> None:
     if values.list:
         print(listing())
         return
+    if values.evaluate is not None or values.predict is not None:
+        _use(values)
+        return
     if values.out_dir is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)
 
     from experiments import report
-    from fedgalore_jax import train
+    from fedgalore_jax import prepare, train
+    from fedgalore_jax.data.partition import counts
+    from fedgalore_jax.folder import refuse_used
 
     out = pathlib.Path(values.out_dir)
     if len(runs) > 1:
-        train.refuse_used(out)
+        refuse_used(out)
     results = []
-    for prepared in [train.prepare(config) for config in runs]:  # all are sound before the first begins
+    for prepared in [prepare.prepare(config) for config in runs]:  # all are sound before the first begins
         folder = pathlib.Path(prepared.config.out_dir)
         results.append(train.execute(prepared))
+        dataset = prepared.dataset
+        clients = counts(prepared.federation.parts, dataset.classes)
+        report.heat_map(folder / "clients.png", clients, dataset.label_names)
         report.curves(folder, [results[-1]])
         print(report.result_line(results[-1], folder))
     if len(results) > 1:
         report.compare(out, results)
+
+
+def _use(values: flags.FlagValues) -> None:
+    """Asks a saved model instead of training one."""
+    from experiments import flags as our_flags
+    from fedgalore_jax import saved
+
+    if values.evaluate is not None and values.predict is not None:
+        raise ValueError("evaluate and predict are two runs: give one of them")
+    if values.out_dir is not None:
+        raise ValueError(f"out_dir={values.out_dir!r}: --evaluate and --predict write to standard output")
+    config = our_flags.configs(values)[0]
+    if values.evaluate is not None:
+        print(json.dumps(saved.evaluate(dataclasses.replace(config, model=values.evaluate))))
+        return
+    if config.model is None:
+        raise ValueError("predict needs --model, the directory of a saved model")
+    for answer in saved.predict(config, values.predict):
+        print(json.dumps(answer, ensure_ascii=False))
 
 
 def listing() -> str:

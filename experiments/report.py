@@ -5,38 +5,39 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedgalore_jax.folder import write_json
 from fedgalore_jax.progress import human
-from fedgalore_jax.train import Result, write_json
-
-COLUMNS = ("method", "accuracy", "up/client", "down/client", "optimizer", "s/round")
+from fedgalore_jax.train import Result
 
 
 def result_line(result: Result, out_dir: pathlib.Path) -> str:
     """A finished run in one line."""
     summary = result.summary
+    final = ", ".join(f"{name} {value:.4f}" for name, value in summary["final"].items())
     return (
-        f"{summary['method']}: test accuracy {summary['final']['accuracy']:.4f} after"
-        f" {summary['rounds']} rounds (validation {summary['validation']['final']:.4f}); in {out_dir}"
+        f"{summary['method']}: test {final} after {summary['rounds']} rounds"
+        f" (validation {summary['metric']} {summary['validation']['final']:.4f}); in {out_dir}"
     )
 
 
 def compare(out: pathlib.Path, results: list[Result]) -> None:
     """Prints the comparison, best first, and writes `summary.json` and `curves.png` into `out`."""
-    results = sorted(results, key=lambda r: -r.summary["final"]["accuracy"])
-    rows = [COLUMNS]
+    metric = results[0].summary["metric"]
+    results = sorted(results, key=lambda r: -r.summary["final"][metric])
+    rows = [("method", metric, "up/client", "down/client", "optimizer", "s/round")]
     for summary in (result.summary for result in results):
         wire = summary["bytes_per_client_and_round"]
         sizes = (wire["up"], wire["down"], summary["optimizer_bytes"])
         rows.append(
             (
                 summary["method"],
-                f"{summary['final']['accuracy']:.4f}",
+                f"{summary['final'][metric]:.4f}",
                 *map(human, sizes),
                 f"{summary['seconds_per_round']:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print("\nTest accuracy; bytes of one client, up and down per round:")
+    print(f"\nTest {metric}; bytes of one client, up and down per round:")
     for row in rows:
         cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
         print("  ".join([row[0].ljust(widths[0]), *cells]))
@@ -45,26 +46,20 @@ def compare(out: pathlib.Path, results: list[Result]) -> None:
 
 
 def curves(out: pathlib.Path, results: list[Result]) -> None:
-    """Draws validation accuracy and training loss over rounds into `out/curves.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draws the validation metric and the training loss over rounds into `out/curves.png`."""
+    pyplot = _pyplot()
+    metric = results[0].summary["metric"]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for result in results:
-        for axis, name in zip(axes, ("accuracy", "train_loss"), strict=True):
+        for axis, name in zip(axes, (metric, "train_loss"), strict=True):
             points = [(h["round"], h[name]) for h in result.history if name in h]
             axis.plot(*zip(*points, strict=True), label=result.summary["method"], linewidth=1.6)
-    for axis, title in zip(axes, ("validation accuracy", "training loss"), strict=True):
+    for axis, title in zip(axes, (f"validation {metric}", "training loss"), strict=True):
         axis.set(xlabel="round", title=title)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
+    axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1)
     axes[0].legend(loc="lower right")
-    partial = out / "curves.partial.png"
-    figure.savefig(partial, dpi=120)
-    partial.replace(out / "curves.png")
-    pyplot.close(figure)
+    _save(figure, out / "curves.png")
 
 
 def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) -> None:
@@ -76,10 +71,8 @@ def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) 
         class, so that skew shows as a diagonal; the colour is logarithmic, and white is none.
       names: of the classes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
+    pyplot = _pyplot()
+    from matplotlib import colors
 
     clients, classes = counts.shape
     order = np.lexsort((-counts.max(1), counts.argmax(1)))
@@ -103,7 +96,21 @@ def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) 
                 dark = norm(count) > 0.5
                 colour = "white" if dark else "black"
                 axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    """A picture is there whole or not at all."""
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=120)
     partial.replace(path)
-    pyplot.close(figure)
+    _pyplot().close(figure)

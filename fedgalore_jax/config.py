@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("float32", "bf16")
+KEEP = ("last", "best")
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,16 @@ class Config:
 
     Attributes:
       task: what is learned, see `tasks.names()`.
+      data: a file or folder: your own data (tasks text, images, sft), or a local copy of a task's.
+      text_column: of your data; two, comma-separated, are a pair of sentences.
+      label_column: of your data; for task sft, the answer's.
+      client_column: of your data; its values are the clients (with partition "domain").
+      max_length: tokens kept of a text; what the model has positions for if None.
       model: a model directory in Hugging Face's layout, or a model the package ships; the task's if None.
       new_head: start with a new, random head even where the model's own would fit.
+      precision: of activations, "float32" or "bf16"; parameters and reductions are float32 in both.
+      scan_layers: compile one layer and scan over the stack; by depth if None.
+      remat: recompute a layer's activations in the backward pass: less memory, a third more work.
       method: a strategy, see `strategies.names()`.
       opt: the strategy's own options, `{"sync": "mean"}`.
       client_weights: "factored" or "dense", for the strategies that have both.
@@ -33,18 +43,30 @@ class Config:
       clip: norm above which a client's gradient is scaled down; 0 switches it off.
       dropout: probability, in place of the model's own; the model's if None.
       adapt: path regexes of the kernels that a method adapts, comma-separated.
-      train: path regexes of the leaves that every method trains plainly, comma-separated; others are frozen.
+      train: path regexes of the leaves that every method trains plainly, comma-separated (others are
+        frozen); the task's, its model's head, if None.
       partition: how samples are dealt to clients, see `data.PARTITIONS`.
-      alpha: concentration of the Dirichlet partition; small is skewed.
+      alpha: concentration of the Dirichlet partitions; small is skewed.
+      shards: classes a client has in the "shards" partition.
+      sigma: of the log-normal client sizes in the "quantity" partition.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
       eval_every: rounds between evaluations on the validation split.
+      keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
       seed: of every random choice.
       out_dir: where the run is written; nothing is written if None.
     """
 
     task: str = "digits"
+    data: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    client_column: str | None = None
+    max_length: int | None = None
     model: str | None = None
     new_head: bool = True
+    precision: str = "float32"
+    scan_layers: bool | None = None
+    remat: bool = False
     method: str = "fedgalore"
     opt: dict[str, Any] = field(default_factory=dict)
     client_weights: str | None = None
@@ -61,19 +83,22 @@ class Config:
     clip: float = 1.0
     dropout: float | None = None
     adapt: str = "layers/.*kernel"
-    train: str = "classifier/"
+    train: str | None = None
     partition: str = "dirichlet"
     alpha: float = 0.1
+    shards: int = 2
+    sigma: float = 1.0
     chunk: int | None = None
     eval_every: int = 1
+    keep: str = "last"
     seed: int = 0
     out_dir: str | None = None
 
     def __post_init__(self):
         """Refuses what cannot run, before anything is loaded or compiled."""
-        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every"):
+        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("cohort", "chunk"):
+        for name in ("cohort", "chunk", "max_length"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "an integer >= 1, or leave it out")
         for name in ("lr", "head_lr"):
@@ -81,9 +106,11 @@ class Config:
             self._require(name, value is None or 0 < value < math.inf, "a positive, finite number")
         for name in ("weight_decay", "clip"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
-        self._require("alpha", 0 < self.alpha < math.inf, "a positive, finite number")
+        for name in ("alpha", "sigma"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive, finite number")
         self._require("dropout", self.dropout is None or 0 <= self.dropout < 1, "a number in [0, 1)")
-        self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        for name, accepted in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", KEEP)):
+            self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
         self._require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         self._require("out_dir", self.out_dir != "", "a folder, or None")
         fits = self.cohort is None or self.cohort <= self.clients
@@ -91,7 +118,7 @@ class Config:
 
         for name in ("adapt", "train"):
             try:
-                for pattern in getattr(self, name).split(","):
+                for pattern in (getattr(self, name) or "").split(","):
                     re.compile(pattern)
             except re.error as error:
                 self._require(name, False, f"regular expressions ({error})")
@@ -100,8 +127,14 @@ class Config:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r} is not usable: give {remedy}")
 
-    def roles(self) -> tuple[tuple[str, str], ...]:
-        """`adapt` and `train` as the ordered rules that strategies take."""
-        patterns = [(p, "train") for p in self.train.split(",") if p]
+    @property
+    def participants(self) -> int:
+        """C: `cohort`, or all clients."""
+        return self.cohort or self.clients
+
+    def roles(self, train: str) -> tuple[tuple[str, str], ...]:
+        """`adapt` and `train` as the ordered rules that strategies take; `train` is the task's default."""
+        train = train if self.train is None else self.train
+        patterns = [(p, "train") for p in train.split(",") if p]
         patterns += [(p, "adapt") for p in self.adapt.split(",") if p]
         return (*patterns, (".*", "freeze"))

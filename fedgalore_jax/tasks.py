@@ -11,6 +11,7 @@ import optax
 from fedgalore_jax import metrics
 from fedgalore_jax.data import (
     IGNORE,
+    Asked,
     Dataset,
     Source,
     corpora,
@@ -38,6 +39,8 @@ class Task(NamedTuple):
       metric: the name of the one to select by; larger is better.
       lr: learning rates tuned on the validation split, by method, with the default model.
       train: path regexes of the leaves that every method trains plainly, comma-separated.
+      read: `(source, file) -> Asked`, what a user wants to know of a trained model.
+      eval_batch: samples evaluated at a time.
     """
 
     load: Callable[[Source], Dataset]
@@ -48,6 +51,8 @@ class Task(NamedTuple):
     metric: str
     lr: dict[str, float]
     train: str
+    read: Callable[[Source, str], Asked]
+    eval_batch: int = 256
 
 
 def cross_entropy(logits: Array, batch: Batch) -> Array:
@@ -121,7 +126,9 @@ def _own(load: Callable[[Source], Dataset]) -> Callable[[Source], Dataset]:
 
 
 def _text(load, metric: str = "accuracy", measure: Metrics = metrics.classification) -> Task:
-    return Task(load, "minilm", cross_entropy, _logits, measure, metric, {}, "(pooler|classifier)/")
+    return Task(
+        load, "minilm", cross_entropy, _logits, measure, metric, {}, "(pooler|classifier)/", text.read
+    )
 
 
 def _regression(load) -> Task:
@@ -131,11 +138,15 @@ def _regression(load) -> Task:
 
 def _image(load, model: str | None = None, lr: dict[str, float] | None = None) -> Task:
     measure = metrics.classification
-    return Task(load, model, cross_entropy, _logits, measure, "accuracy", lr or {}, "classifier/")
+    return Task(
+        load, model, cross_entropy, _logits, measure, "accuracy", lr or {}, "classifier/", images.read
+    )
 
 
 def _answers(load) -> Task:
-    return Task(load, "smollm2", answer_loss, answer_outputs, metrics.answers, "token_accuracy", {}, "")
+    measure = metrics.answers
+    # Logits of a whole vocabulary at every position: few samples at a time.
+    return Task(load, "smollm2", answer_loss, answer_outputs, measure, "token_accuracy", {}, "", sft.read, 8)
 
 
 _SCORES = {"cola": ("matthews", metrics.matthews), "mrpc": ("f1", metrics.f1), "qqp": ("f1", metrics.f1)}

@@ -10,12 +10,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"types"},
-    {"tree", "adapters", "lowrank", "config", "progress"},
+    {"tree", "adapters", "lowrank", "config", "progress", "folder"},
     {"galore", "shared_signal", "optimizer", "models", "data", "metrics"},
     {"strategies", "tasks"},
     {"client"},
-    {"engine"},
-    {"train"},
+    {"engine", "evaluation"},
+    {"prepare"},
+    {"train", "saved"},
     {"experiments"},
     {"run"},
 ]

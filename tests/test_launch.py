@@ -13,7 +13,7 @@ import pytest
 import tiny_vit
 
 from experiments.launch import main
-from fedgalore_jax import models, tasks, train
+from fedgalore_jax import models, prepare, tasks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
@@ -51,7 +51,7 @@ def test_a_comparison_has_a_table_and_a_folder_per_method(compared):
     assert set(json.loads((out / "summary.json").read_text())) == {"fedgalore", "fedavg", "fedit"}
     for method in ("fedgalore", "fedavg", "fedit"):
         files = {file.name for file in (out / method).iterdir()}
-        wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "model"}
+        wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "clients.png", "model"}
         assert files == wanted
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -118,8 +118,8 @@ def test_the_seed_decides_the_split_and_the_head():
     def start(seed):
         config = Config(seed=seed)
         task = tasks.get(config.task)
-        data = task.load(train.source(config, task))
-        return train.federate(config, data).parts[0], train.model(config, task, data)[1]
+        data = task.load(prepare.source(config, task))
+        return prepare.federate(config, data).parts[0], prepare.load_model(config, task, data)[1]
 
     (part, params), (same_part, same), (other_part, other) = start(0), start(0), start(1)
     np.testing.assert_array_equal(part, same_part)

@@ -72,6 +72,18 @@ class Generation(NamedTuple):
     max_new_tokens: int
 
 
+class Asked(NamedTuple):
+    """Samples without labels, to be answered.
+
+    Attributes:
+      names: of the n samples: row numbers from 1 on, or files.
+      samples: inputs with labels of 0, or prompts.
+    """
+
+    names: Sequence[int | str]
+    samples: Split | Generation
+
+
 class Dataset(NamedTuple):
     """Three splits: tuning and model selection look at `validation`, never at `test`.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgalore_jax.data import tables
-from fedgalore_jax.data.dataset import Dataset, Source, Split, split_rows
+from fedgalore_jax.data.dataset import Asked, Dataset, Source, Split, split_rows
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 MOST_DAMAGED = 0.01
@@ -47,6 +47,18 @@ class Item(NamedTuple):
 def load(source: Source) -> Dataset:
     """A user's folder, `--task=images`: `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`."""
     return build(folder(_root(source)), source)
+
+
+def read(source: Source, path: str) -> Asked:
+    """Images to be classified: one file, or all below a folder, in the order of their names."""
+    root = pathlib.Path(path)
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path!r} holds no image ({', '.join(SUFFIXES)})")
+    pixels, damaged = _open_all(files, *_model_input(source.model))
+    if damaged:
+        raise ValueError(f"{files[damaged[0]]} cannot be read as an image: repair or remove it")
+    return Asked([str(f) for f in files], Split({"pixel_values": pixels}, np.zeros(len(files), np.int32)))
 
 
 def domainnet(source: Source) -> Dataset:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgalore_jax.data import buckets, tables, text, tokens
-from fedgalore_jax.data.dataset import IGNORE, Dataset, Generation, Source, Split
+from fedgalore_jax.data.dataset import IGNORE, Asked, Dataset, Generation, Source, Split
 
 MAX_LENGTH, MAX_NEW_TOKENS = 512, 256
 PLAIN = "Question: {}\nAnswer:"
@@ -40,13 +40,7 @@ def load(source: Source) -> Dataset:
         raise ValueError(
             "data is missing: give a jsonl file of prompts and answers, or a folder with train.jsonl"
         )
-    wanted = [name.strip() for name in source.text_column.split(",")]
-    if wanted == [Source._field_defaults["text_column"]]:
-        wanted = ["prompt", "answer"]
-    if len(wanted) != 2:
-        raise ValueError(
-            f"text_column={source.text_column!r}: give two columns, the prompt's and the answer's"
-        )
+    wanted = _columns(source)
     found = tables.splits(source.data)
     for name, table in found.items():
         tables.columns(table, wanted, name)
@@ -58,6 +52,25 @@ def load(source: Source) -> Dataset:
     data = build(pairs, source, exact_match)
     return data._replace(domains=domains if domains is None else domains[data.classes], domain_names=names,
                          classes=np.zeros_like(data.classes))  # fmt: skip
+
+
+def _columns(source: Source) -> list[str]:
+    """The prompt's and the answer's column."""
+    wanted = [name.strip() for name in source.text_column.split(",")]
+    if wanted == [Source._field_defaults["text_column"]]:
+        wanted = ["prompt", "answer"]
+    if len(wanted) != 2:
+        raise ValueError(
+            f"text_column={source.text_column!r}: give two columns, the prompt's and the answer's"
+        )
+    return wanted
+
+
+def read(source: Source, file: str) -> Asked:
+    """Prompts to be answered: the prompt's column of a table."""
+    prompts = tables.columns(tables.read(pathlib.Path(file)), _columns(source)[:1], file)[0]
+    pairs, own = Pairs(prompts, [""] * len(prompts)), tokens.tokenizer(source.model)
+    return Asked(range(1, len(prompts) + 1), _questions(source, own, pairs, exact_match, MAX_NEW_TOKENS)[0])
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -91,8 +104,7 @@ def build(
     positions = tokens.positions(source.model)
     limit = min(source.max_length or MAX_LENGTH, positions)
     own, notes = tokens.tokenizer(source.model), []
-    end = ends(source.model, own)
-    pad = own.pad_token_id if own.pad_token_id is not None else end[0]
+    pad = _padding(own, ends(source.model, own))
     parts, kept = {}, {}
     for name, pairs in splits.items():
         encoded = _encode(source, own, pairs)
@@ -109,29 +121,37 @@ def build(
                 " (no room for the answer), the others cut"
             )
         parts[name] = _arrays([encoded[i] for i in kept[name]], limit, pad)
-    prompts = [p for p, _ in _encode(source, own, splits["test"])]
-    max_new_tokens = min(max_new_tokens, positions // 2)
-    room = positions - max_new_tokens
-    if cut := sum(len(p) > room for p in prompts):
-        notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
-    prompts = [p[-room:] for p in prompts]
-    length = min(buckets.bucket(max(map(len, prompts))), room)
-    generation = Generation(
-        {
-            "input_ids": buckets.pad(prompts, length, pad, left=True),
-            "attention_mask": buckets.pad([np.ones(len(p)) for p in prompts], length, 0, left=True),
-        },
-        list(splits["test"].answers),
-        functools.partial(decode, own, end),
-        score,
-        end,
-        pad,
-        max_new_tokens,
-    )
+    generation, more = _questions(source, own, splits["test"], score, max_new_tokens)
+    notes += more
     return Dataset(
         parts["train"], parts["validation"], parts["test"], 0, np.array(kept["train"], np.int32),
         generation=generation, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _questions(
+    source: Source, own: Any, pairs: Pairs, score: Score, max_new_tokens: int
+) -> tuple[Generation, list[str]]:
+    """Prompts to generate from, and what was cut of them."""
+    positions, end = tokens.positions(source.model), ends(source.model, own)
+    prompts = [p for p, _ in _encode(source, own, pairs)]
+    max_new_tokens = min(max_new_tokens, positions // 2)
+    room, notes = positions - max_new_tokens, []
+    if cut := sum(len(p) > room for p in prompts):
+        notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
+    prompts = [p[-room:] for p in prompts]
+    length = min(buckets.bucket(max(map(len, prompts))), room)
+    pad = _padding(own, end)
+    inputs = {
+        "input_ids": buckets.pad(prompts, length, pad, left=True),
+        "attention_mask": buckets.pad([np.ones(len(p)) for p in prompts], length, 0, left=True),
+    }
+    understand = functools.partial(decode, own, end)
+    return Generation(inputs, list(pairs.answers), understand, score, end, pad, max_new_tokens), notes
+
+
+def _padding(own: Any, end: tuple[int, ...]) -> int:
+    return own.pad_token_id if own.pad_token_id is not None else end[0]
 
 
 def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:

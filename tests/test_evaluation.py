@@ -1,0 +1,85 @@
+"""Outputs in order whatever the batches and buckets; the model that is kept; a saved model asked again."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_launch import SMALL, launch, lines
+
+from fedgalore_jax import models, tasks, train
+from fedgalore_jax.config import Config
+from fedgalore_jax.data import Split
+from fedgalore_jax.evaluation import evaluator, in_batches
+
+SHAPE = {"rounds": 4, "local_steps": 2, "clients": 4, "rank": 2, "method": "fedit"}
+
+
+def quiet(**changes):
+    return train.run(Config(**(SHAPE | changes)), say=lambda line: None)
+
+
+def test_outputs_come_back_in_order_whatever_the_buckets():
+    """A model that adds up its tokens; lengths from 1 to 70 fall into several buckets and batches."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 70, 23)
+    mask = (np.arange(70) < lengths[:, None]).astype(np.int32)
+    tokens = rng.integers(1, 9, (23, 70)).astype(np.int32) * mask
+    split = Split({"input_ids": tokens, "attention_mask": mask}, np.zeros(23, np.int32))
+    seen = []
+
+    def apply(params, inputs, *, key=None):
+        seen.append(inputs["input_ids"].shape)
+        return params * inputs["input_ids"].sum(1, keepdims=True)
+
+    task = tasks.get("digits")._replace(eval_batch=4)
+    got = evaluator(task, models.ModelFns(None, lambda key: None, apply)).outputs(jnp.int32(3), split)
+    np.testing.assert_array_equal(got[:, 0], 3 * tokens.sum(1))
+    assert len({shape[1] for shape in seen}) > 2 and max(shape[0] for shape in seen) <= 4
+
+
+def test_batches_hold_every_sample_and_none_is_larger_than_the_split():
+    cut = in_batches({"x": np.arange(10)}, 4)["x"]
+    assert cut.shape == (3, 4) and cut.reshape(-1)[:10].tolist() == list(range(10))
+    assert in_batches({"x": np.arange(3)}, 256)["x"].shape == (1, 3)
+
+
+def test_the_best_model_on_validation_is_kept():
+    best = quiet(keep="best", lr=0.05)
+    scores = [record["accuracy"] for record in best.history[1:]]
+    first = 1 + scores.index(max(scores))
+    assert best.summary["best"]["round"] == first and first < 4, "this seed was chosen to peak early"
+    last = quiet(rounds=first, lr=0.05)
+    jax.tree.map(np.testing.assert_array_equal, best.params, last.params)
+    assert best.summary["final"] == last.summary["final"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "one"
+    launch(*SMALL, "--method=fedit", f"--out_dir={out}")
+    return out
+
+
+def test_a_saved_model_scores_what_its_run_said(finished, capsys):
+    launch(f"--evaluate={finished / 'model'}", "--task=digits")
+    said = json.loads(capsys.readouterr().out)
+    assert said == pytest.approx(json.loads((finished / "summary.json").read_text())["final"], rel=1e-5)
+    assert lines(finished / "metrics.jsonl")[-1]["accuracy"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--evaluate=/nowhere"], "/nowhere/config.json does not exist"),
+        (["--evaluate=a", "--predict=b"], "give one of them"),
+        (["--evaluate=a", "--out_dir=b"], "write to standard output"),
+        (["--predict=b"], "predict needs --model"),
+    ],
+)
+def test_bad_questions_are_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
