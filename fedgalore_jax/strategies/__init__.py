@@ -6,11 +6,35 @@ import typing
 from dataclasses import fields
 
 from fedgalore_jax.strategies.base import Common, Strategy
+from fedgalore_jax.strategies.fedadamw import fedadamw
 from fedgalore_jax.strategies.fedavg import fedavg
+from fedgalore_jax.strategies.feddyn import feddyn
 from fedgalore_jax.strategies.fedgalore import fedgalore
+from fedgalore_jax.strategies.fedglomo import fedglomo
 from fedgalore_jax.strategies.fedit import fedit
+from fedgalore_jax.strategies.fedlada import fedlada
+from fedgalore_jax.strategies.fedopt import fedopt
+from fedgalore_jax.strategies.fedprox import fedprox
+from fedgalore_jax.strategies.fedsmoo import fedsmoo
+from fedgalore_jax.strategies.fedzmg import fedzmg
+from fedgalore_jax.strategies.scaffold import scaffold
 
-_STRATEGIES = {"fedavg": fedavg, "fedgalore": fedgalore, "fedit": fedit}
+_STRATEGIES = {
+    "fedadamw": fedadamw,
+    "fedavg": fedavg,
+    "feddyn": feddyn,
+    "fedgalore": fedgalore,
+    "fedglomo": fedglomo,
+    "fedit": fedit,
+    "fedlada": fedlada,
+    "fedopt": fedopt,
+    "fedprox": fedprox,
+    "fedsmoo": fedsmoo,
+    "fedzmg": fedzmg,
+    "scaffold": scaffold,
+}
+_RANKS = ()
+"""Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
 
 
@@ -44,6 +68,8 @@ def build(name: str, **given) -> Strategy:
     hints = typing.get_type_hints(Common) | typing.get_type_hints(_STRATEGIES[name])
     for key, value in given.items():
         _check_type(name, key, value, hints[key])
+    if given.get("ranks") and name not in _RANKS:
+        raise ValueError(f"{name} has one rank for all, not ranks={given['ranks']}: try {', '.join(_RANKS)}")
     common = Common(**{key: value for key, value in given.items() if key in _COMMON})
     return _STRATEGIES[name](common, **{k: v for k, v in given.items() if k in own})
 

@@ -14,37 +14,26 @@ Ledger (m x n kernel, floats per client and round)
 In the in x out layout the paper's A is our `a [m, r]` (random at the start) and its B our `b [r, n]` (zero).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedgalore_jax import tree
 from fedgalore_jax.adapters import lora_factors, merge
-from fedgalore_jax.strategies.base import Common, Download, Strategy, add
+from fedgalore_jax.strategies.base import Common, ServerState, Strategy, add
 from fedgalore_jax.strategies.fedavg import fedavg
-from fedgalore_jax.types import Adapted, Array, Flat, LoRA
+from fedgalore_jax.types import Adapted, LoRA
 
 
-class FedITState(NamedTuple):
-    """The server's memory.
-
-    Attributes:
-      trainable: `{path: LoRA}` of adapted kernels, `{path: array}` of plainly trained leaves.
-      frozen: `{path: array}`, the base model.
-      round: int32 scalar.
-    """
-
-    trainable: Flat
-    frozen: Flat
-    round: Array
-
-
-def fedit(common: Common) -> Strategy:
+def fedit(
+    common: Common, tx: optax.GradientTransformationExtraArgs | None = None, *, client: str = "adamw"
+) -> Strategy:
     """Builds FedIT: FedAvg whose trained leaves are LoRA factors.
 
     Args:
       common: options shared by all strategies.
+      tx: the local step of a method that edits this one, in place of `client`.
+      client: the clients' optimizer, "adamw" or "sgd".
 
     Returns:
       A `Strategy`.
@@ -57,10 +46,7 @@ def fedit(common: Common) -> Strategy:
             path: lora_factors(jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype)
             for i, (path, kernel) in enumerate(adapt.items())
         }
-        return FedITState(factors | train, freeze | adapt, jnp.zeros((), jnp.int32))
-
-    def broadcast(state):
-        return Download(state.trainable, state.frozen, (), state.round)
+        return ServerState(factors | train, freeze | adapt, (), jnp.zeros((), jnp.int32))
 
     def assemble(download, trainable, extra):
         del extra
@@ -76,12 +62,13 @@ def fedit(common: Common) -> Strategy:
     def aggregate(state, upload, cohort):
         del cohort
         trainable = add(state.trainable, upload.mean["change"])
-        return FedITState(trainable, state.frozen, state.round + 1), {}
+        return state._replace(trainable=trainable, round=state.round + 1), {}
 
-    def export(state):
-        params = tree.flatten(assemble(broadcast(state), state.trainable, ()))
+    def export(state, client_state=None):
+        del client_state
+        params = tree.flatten(assemble(state, state.trainable, ()))
         return tree.unflatten({path: merge(leaf) for path, leaf in params.items()})
 
-    return fedavg(common)._replace(
-        init=init, broadcast=broadcast, assemble=assemble, aggregate=aggregate, export=export
+    return fedavg(common, tx, client=client)._replace(
+        init=init, assemble=assemble, aggregate=aggregate, export=export
     )
