@@ -65,6 +65,15 @@ def keep_where(name: str) -> optax.GradientTransformationExtraArgs:
     return _stateless(update)
 
 
+def penalty(function) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `function(params, extra)`, a scalar that does not depend on data."""
+
+    def update(updates, params, *, extra, **_):
+        return jax.tree.map(jnp.add, updates, jax.grad(function)(params, extra))
+
+    return _stateless(update)
+
+
 def zero_mean(kind: str) -> optax.GradientTransformationExtraArgs:
     """Projects gradients on the zero-mean hyperplane.
 

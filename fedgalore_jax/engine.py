@@ -158,9 +158,8 @@ class Engine(NamedTuple):
 
         cohort = Cohort(weights, mask, self.num_clients, self.steps)
         server, metrics = strategy.aggregate(state.server, Upload(mean, total, stack), cohort)
-        metrics = {"train_loss": loss, **metrics} | self.catch_up(
-            state, jnp.asarray(plan.ids), mask, download, stack
-        )
+        missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, stack)
+        metrics = {"train_loss": loss, **metrics, **missed}
         present = jnp.where(mask > 0, plan.ids, self.num_clients)
         clients = jax.tree.map(
             lambda rows, new: rows.at[present].set(new, mode="drop"), state.clients, memory
@@ -174,12 +173,13 @@ class Engine(NamedTuple):
         Missed rounds are priced like this one. A client that missed many is sent the model instead.
         """
         relayed = tree.nbytes(self.strategy.relay(stack)) / len(ids)
-        missed = relayed * mask.sum() + tree.nbytes(self.strategy.catch_up(download))
-        if not tree.nbytes((self.strategy.relay(stack), self.strategy.catch_up(download))):
+        sent = tree.nbytes(self.strategy.catch_up(download))
+        if not relayed + sent:
             return {}
         model = tree.nbytes(jax.eval_shape(self.strategy.export, state.server))
         rounds = download.round - 1 - state.last.take(ids, mode="clip")
-        return {"bytes_catch_up": (mask * jnp.minimum(rounds * missed, model)).sum()}
+        each = jnp.minimum(rounds * (relayed * mask.sum() + sent), model)
+        return {"bytes_catch_up": (mask * each).sum()}
 
     def wire(self, state: RunState, plan: Plan) -> Wire:
         """Measures what one client sends, receives, holds and computes, without computing anything."""

@@ -9,31 +9,51 @@ from fedgalore_jax.strategies.base import Common, Strategy
 from fedgalore_jax.strategies.fedadamw import fedadamw
 from fedgalore_jax.strategies.fedavg import fedavg
 from fedgalore_jax.strategies.feddyn import feddyn
+from fedgalore_jax.strategies.fedex_lora import fedex_lora
 from fedgalore_jax.strategies.fedgalore import fedgalore
 from fedgalore_jax.strategies.fedglomo import fedglomo
 from fedgalore_jax.strategies.fedit import fedit
 from fedgalore_jax.strategies.fedlada import fedlada
 from fedgalore_jax.strategies.fedopt import fedopt
 from fedgalore_jax.strategies.fedprox import fedprox
+from fedgalore_jax.strategies.fedsa_lora import fedsa_lora
 from fedgalore_jax.strategies.fedsmoo import fedsmoo
 from fedgalore_jax.strategies.fedzmg import fedzmg
+from fedgalore_jax.strategies.ffa_lora import ffa_lora
+from fedgalore_jax.strategies.flexlora import flexlora
+from fedgalore_jax.strategies.flora import flora
+from fedgalore_jax.strategies.fr_lora import fr_lora
+from fedgalore_jax.strategies.hetlora import hetlora
+from fedgalore_jax.strategies.lora_a2 import lora_a2
+from fedgalore_jax.strategies.lora_fair import lora_fair
+from fedgalore_jax.strategies.rolora import rolora
 from fedgalore_jax.strategies.scaffold import scaffold
 
 _STRATEGIES = {
     "fedadamw": fedadamw,
     "fedavg": fedavg,
     "feddyn": feddyn,
+    "fedex_lora": fedex_lora,
     "fedgalore": fedgalore,
     "fedglomo": fedglomo,
     "fedit": fedit,
     "fedlada": fedlada,
     "fedopt": fedopt,
     "fedprox": fedprox,
+    "fedsa_lora": fedsa_lora,
     "fedsmoo": fedsmoo,
     "fedzmg": fedzmg,
+    "ffa_lora": ffa_lora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "fr_lora": fr_lora,
+    "hetlora": hetlora,
+    "lora_a2": lora_a2,
+    "lora_fair": lora_fair,
+    "rolora": rolora,
     "scaffold": scaffold,
 }
-_RANKS = ()
+_RANKS = ("flexlora", "flora", "hetlora")
 """Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
 

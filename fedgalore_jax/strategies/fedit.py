@@ -14,15 +14,13 @@ Ledger (m x n kernel, floats per client and round)
 In the in x out layout the paper's A is our `a [m, r]` (random at the start) and its B our `b [r, n]` (zero).
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from fedgalore_jax import tree
-from fedgalore_jax.adapters import lora_factors, merge
 from fedgalore_jax.strategies.base import Common, ServerState, Strategy, add
 from fedgalore_jax.strategies.fedavg import fedavg
-from fedgalore_jax.types import Adapted, LoRA
+from fedgalore_jax.strategies.lora import fresh_factors, merged, with_adapters
 
 
 def fedit(
@@ -42,22 +40,13 @@ def fedit(
     def init(params, key, num_clients):
         del num_clients
         adapt, train, freeze = common.split(tree.flatten(params))
-        factors = {
-            path: lora_factors(jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype)
-            for i, (path, kernel) in enumerate(adapt.items())
-        }
-        return ServerState(factors | train, freeze | adapt, (), jnp.zeros((), jnp.int32))
+        return ServerState(
+            fresh_factors(adapt, key, common.rank) | train, freeze | adapt, (), jnp.zeros((), jnp.int32)
+        )
 
     def assemble(download, trainable, extra):
         del extra
-
-        def leaf(path, value):
-            if not isinstance(value, LoRA):
-                return value
-            return Adapted(download.frozen[path], value.a, common.lora_scale * value.b)
-
-        adapted = {path: leaf(path, value) for path, value in trainable.items()}
-        return tree.unflatten(download.frozen | adapted)
+        return with_adapters(download.frozen, trainable, common.lora_scale)
 
     def aggregate(state, upload, cohort):
         del cohort
@@ -66,8 +55,7 @@ def fedit(
 
     def export(state, client_state=None):
         del client_state
-        params = tree.flatten(assemble(state, state.trainable, ()))
-        return tree.unflatten({path: merge(leaf) for path, leaf in params.items()})
+        return merged(with_adapters(state.frozen, state.trainable, common.lora_scale))
 
     return fedavg(common, tx, client=client)._replace(
         init=init, assemble=assemble, aggregate=aggregate, export=export
