@@ -37,6 +37,9 @@ CASES = {
     "lora_fair, ls": ("lora_fair", {"solver": "ls"}),
     "fedex_lora": ("fedex_lora", {}),
     "fr_lora": ("fr_lora", {}),
+    "galore_avg": ("galore_avg", {}),
+    "fedlore": ("fedlore", {}),
+    "fedslop": ("fedslop", {"clip": 5.0}),
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
@@ -77,6 +80,9 @@ FLOATS = {
     "lora_fair, ls": (LORA + bias, LORA + bias),
     "fedex_lora": (N * LORA + bias, LORA + bias),
     "fr_lora": (LORA + bias, LORA + bias),
+    "galore_avg": (FULL, LORA + bias),
+    "fedlore": (L * r * n + bias + SEED / 4, L * r * n + bias),
+    "fedslop": (FULL + SEED / 4, FULL),
     "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
     "fedgalore, own": (
         L * m * n + bias + MOMENTS / 2,
@@ -103,7 +109,7 @@ MEMORY = {
     "fedsa_lora": L * r * n + bias,
     "hetlora": 1,
 }
-GRADIENTS = {"fedgalore, own": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
+GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""
 
 every = pytest.mark.parametrize(

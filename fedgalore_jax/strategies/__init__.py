@@ -14,15 +14,18 @@ from fedgalore_jax.strategies.fedgalore import fedgalore
 from fedgalore_jax.strategies.fedglomo import fedglomo
 from fedgalore_jax.strategies.fedit import fedit
 from fedgalore_jax.strategies.fedlada import fedlada
+from fedgalore_jax.strategies.fedlore import fedlore
 from fedgalore_jax.strategies.fedopt import fedopt
 from fedgalore_jax.strategies.fedprox import fedprox
 from fedgalore_jax.strategies.fedsa_lora import fedsa_lora
+from fedgalore_jax.strategies.fedslop import fedslop
 from fedgalore_jax.strategies.fedsmoo import fedsmoo
 from fedgalore_jax.strategies.fedzmg import fedzmg
 from fedgalore_jax.strategies.ffa_lora import ffa_lora
 from fedgalore_jax.strategies.flexlora import flexlora
 from fedgalore_jax.strategies.flora import flora
 from fedgalore_jax.strategies.fr_lora import fr_lora
+from fedgalore_jax.strategies.galore_avg import galore_avg
 from fedgalore_jax.strategies.hetlora import hetlora
 from fedgalore_jax.strategies.lora_a2 import lora_a2
 from fedgalore_jax.strategies.lora_fair import lora_fair
@@ -38,15 +41,18 @@ _STRATEGIES = {
     "fedglomo": fedglomo,
     "fedit": fedit,
     "fedlada": fedlada,
+    "fedlore": fedlore,
     "fedopt": fedopt,
     "fedprox": fedprox,
     "fedsa_lora": fedsa_lora,
+    "fedslop": fedslop,
     "fedsmoo": fedsmoo,
     "fedzmg": fedzmg,
     "ffa_lora": ffa_lora,
     "flexlora": flexlora,
     "flora": flora,
     "fr_lora": fr_lora,
+    "galore_avg": galore_avg,
     "hetlora": hetlora,
     "lora_a2": lora_a2,
     "lora_fair": lora_fair,

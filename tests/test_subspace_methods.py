@@ -1,0 +1,90 @@
+"""Methods in gradient subspaces against float64 NumPy, two rounds each."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import CLIP, DECAY, LR, OPTIONS, Adam, client_batches, run, start
+from problem import L, gradients, m, n, setup
+
+pytestmark = pytest.mark.usefixtures("x64")
+R = 3
+
+
+def T(x):
+    return x.swapaxes(-1, -2)
+
+
+def assert_ends(got, w, bias):
+    np.testing.assert_allclose(got[0], w, atol=1e-9)
+    np.testing.assert_allclose(got[1], bias, atol=1e-9)
+
+
+def galore(w, bias, batches, basis):
+    """A round of GaLore-AdamW on the full weight, in one basis, from fresh moments."""
+    values, adam = {"z": np.zeros((L, R, n)), "b": bias}, Adam({"z": (L, R, n), "b": (n,)})
+    for x, y in batches:
+        dw, db = gradients(w, values["b"], start()[2], x, y)
+        values["z"] = np.zeros((L, R, n))
+        adam.step(values, {"z": T(basis) @ dw, "b": db}, set())
+        w = w + basis @ values["z"] - LR * DECAY * w
+    return w, values["b"]
+
+
+@pytest.mark.parametrize("client_weights", ["factored", "dense"])
+def test_galore_avg_averages_weights_from_own_subspaces(client_weights):
+    w, bias, shift = start()
+    for t in range(2):
+        rows = []
+        for p, batches in client_batches(t):
+            basis = np.linalg.svd(gradients(w, bias, shift, *batches[0])[0])[0][..., :R]
+            rows.append((p, *galore(w, bias, batches, basis)))
+        w, bias = sum(p * x for p, x, _ in rows), sum(p * x for p, _, x in rows)
+    assert_ends(run("galore_avg", 2, finder="svd", client_weights=client_weights), w, bias)
+
+
+def test_fedlore_has_one_new_basis_a_round():
+    w, bias, _ = start()
+    _, _, state = setup("fedlore", **OPTIONS)
+    bases = [np.asarray(state.server.extra.basis["layers/kernel"])]
+    bases.append(np.asarray(run("fedlore", 1)[2].server.extra.basis["layers/kernel"]))
+    for t, basis in enumerate(bases):
+        rows = [(p, *galore(w, bias, batches, basis)) for p, batches in client_batches(t)]
+        w, bias = sum(p * x for p, x, _ in rows), sum(p * x for p, _, x in rows)
+    assert_ends(run("fedlore", 2), w, bias)
+    assert np.abs(bases[0] - bases[1]).max() > 0.1
+
+
+def test_fedslop_is_momentum_in_a_shared_random_subspace():
+    mu = 0.6
+    w, bias, shift = start()
+    machine, _, state = setup("fedslop", momentum=mu, **OPTIONS)
+    for t in range(2):
+        server = state.server._replace(round=jnp.int32(t))
+        basis = np.asarray(machine.strategy.broadcast(server).extra["bases"]["layers/kernel"])
+        np.testing.assert_allclose(T(basis) @ basis, np.broadcast_to(np.eye(R), (L, R, R)), atol=1e-12)
+        new_w, new_bias = 0, 0
+        for p, batches in client_batches(t):
+            x_w, x_b, u, v = w, bias, np.zeros((L, m, n)), np.zeros(n)
+            for x, y in batches:
+                dw, db = gradients(x_w, x_b, shift, x, y)
+                dw = basis @ T(basis) @ dw
+                share = min(1, CLIP / np.sqrt((dw**2).sum() + (db**2).sum()))
+                u, v = mu * u + share * dw, mu * v + share * db
+                x_w, x_b = x_w - LR * (u + DECAY * x_w), x_b - LR * v
+            new_w, new_bias = new_w + p * x_w, new_bias + p * x_b
+        w, bias = new_w, new_bias
+    assert_ends(run("fedslop", 2, momentum=mu), w, bias)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fedlore", {"basis": "own"}, "basis='own'"),
+        ("fedslop", {"momentum": 1.0}, "momentum=1.0"),
+        ("fedslop", {"rank": 6}, "rank=6 is not usable: give less than 6"),
+        ("galore_avg", {"finder": "qr"}, "finder='qr'"),
+    ],
+)
+def test_unusable_options_are_named(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        setup(method, **options)
