@@ -40,6 +40,7 @@ CASES = {
     "galore_avg": ("galore_avg", {}),
     "fedlore": ("fedlore", {}),
     "fedslop": ("fedslop", {"clip": 5.0}),
+    "ssf": ("ssf", {"clip": 5.0}),
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
@@ -83,6 +84,7 @@ FLOATS = {
     "galore_avg": (FULL, LORA + bias),
     "fedlore": (L * r * n + bias + SEED / 4, L * r * n + bias),
     "fedslop": (FULL + SEED / 4, FULL),
+    "ssf": (2 * (L * r * n + bias) + SEED / 4, 2 * (L * r * n + bias)),
     "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
     "fedgalore, own": (
         L * m * n + bias + MOMENTS / 2,
@@ -108,6 +110,7 @@ MEMORY = {
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,
     "hetlora": 1,
+    "ssf": FULL,
 }
 GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""

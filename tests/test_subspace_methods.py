@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import CLIP, DECAY, LR, OPTIONS, Adam, client_batches, run, start
-from problem import L, gradients, m, n, setup
+from problem import K, L, N, gradients, m, n, setup
 
 pytestmark = pytest.mark.usefixtures("x64")
 R = 3
@@ -76,12 +76,44 @@ def test_fedslop_is_momentum_in_a_shared_random_subspace():
     assert_ends(run("fedslop", 2, momentum=mu), w, bias)
 
 
+def test_ssf_is_scaffold_in_the_subspace_and_backfills():
+    """For plain SGD the new coefficients are option II's: P'c_i - P'c - z / (K eta)."""
+    w, bias, shift = start()
+    options = {"clip": 0.0, "weight_decay": 0.0}
+    machine, _, state = setup("ssf", **(OPTIONS | options))
+    c, c_b = np.zeros_like(w), np.zeros_like(bias)
+    own = [(c, c_b)] * N
+    for t in range(3):
+        server = state.server._replace(round=jnp.int32(t))
+        basis = np.asarray(machine.strategy.broadcast(server).extra["bases"]["layers/kernel"])
+        back, rows, moved, moved_b = T(basis), [], 0, 0
+        for i, (p, batches) in enumerate(client_batches(t)):
+            z, b, (c_i, c_ib) = np.zeros((L, R, n)), bias, own[i]
+            for x, y in batches:
+                dw, db = gradients(w + basis @ z, b, shift, x, y)
+                z = z - LR * (back @ dw - back @ c_i + back @ c)
+                b = b - LR * (db - c_ib + c_b)
+            new, new_b = back @ c_i - back @ c - z / (K * LR), c_ib - c_b - (b - bias) / (K * LR)
+            filled = c_i - basis @ back @ c_i + basis @ new
+            moved, moved_b = moved + filled - c_i, moved_b + new_b - c_ib
+            own[i] = filled, new_b
+            rows.append((p, z, b))
+        w, bias = w + basis @ sum(p * z for p, z, _ in rows), sum(p * b for p, _, b in rows)
+        c, c_b = c + moved / N, c_b + moved_b / N
+    got = run("ssf", 3, **options)
+    assert_ends(got, w, bias)
+    np.testing.assert_allclose(got[2].server.extra["variate"]["layers/kernel"], c, atol=1e-9)
+    np.testing.assert_allclose(got[2].clients["layers/kernel"][2], own[2][0], atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         ("fedlore", {"basis": "own"}, "basis='own'"),
         ("fedslop", {"momentum": 1.0}, "momentum=1.0"),
         ("fedslop", {"rank": 6}, "rank=6 is not usable: give less than 6"),
+        ("ssf", {"weight_decay": 0.1}, "weight_decay=0.1"),
+        ("ssf", {"rank": 6}, "rank=6 is not usable: give less than 6"),
         ("galore_avg", {"finder": "qr"}, "finder='qr'"),
     ],
 )

@@ -31,6 +31,7 @@ from fedgalore_jax.strategies.lora_a2 import lora_a2
 from fedgalore_jax.strategies.lora_fair import lora_fair
 from fedgalore_jax.strategies.rolora import rolora
 from fedgalore_jax.strategies.scaffold import scaffold
+from fedgalore_jax.strategies.ssf import ssf
 
 _STRATEGIES = {
     "fedadamw": fedadamw,
@@ -58,6 +59,7 @@ _STRATEGIES = {
     "lora_fair": lora_fair,
     "rolora": rolora,
     "scaffold": scaffold,
+    "ssf": ssf,
 }
 _RANKS = ("flexlora", "flora", "hetlora")
 """Those whose clients may have different ranks."""
