@@ -99,3 +99,53 @@ def assert_round(method, count, theta, **options):
     w, bias, state = run(method, count, **options)
     np.testing.assert_allclose(pack(w, bias), theta, atol=1e-10)
     return state
+
+
+S, R = 2.0, 3
+"""LoRA's scale and rank in `problem.OPTIONS`."""
+
+
+def T(x):
+    return x.swapaxes(-1, -2)
+
+
+def factors(state):
+    """The server's first factors, as the library draws them."""
+    return tuple(np.asarray(x) for x in state.server.trainable["layers/kernel"])
+
+
+def trained(
+    base, values, batches, *, s=S, learn=("a", "b", "bias"), more=lambda values: {}, rate=None, keep=None
+):
+    """A client's round of LoRA: AdamW on what it learns, next to a frozen base.
+
+    `more(values)` are gradients of its own beside the loss's, `rate` multiples of the learning rate, and
+    `keep` masks of what may move.
+    """
+    rate, keep = rate or {}, keep or {}
+    values = dict(values)
+    adam = Adam({k: values[k].shape for k in learn})
+    for x, y in batches:
+        a, b = values["a"], values["b"]
+        dw, db = gradients(base + s * a @ b, values["bias"], start()[2], x, y)
+        grads = {"a": s * dw @ T(b), "b": s * T(a) @ dw, "bias": db}
+        grads = {k: g + more(values).get(k, 0) for k, g in grads.items() if k in learn}
+        grads = {k: g * keep.get(k, 1) for k, g in grads.items()}
+        before = dict(values)
+        adam.step(values, grads, {"a", "b"})
+        for k in grads:
+            values[k] = before[k] + rate.get(k, 1) * keep.get(k, 1) * (values[k] - before[k])
+    return values
+
+
+def mean_of(rows, key):
+    return sum(p * values[key] for p, values in rows)
+
+
+def every_client(t, train):
+    return [(p, train(c, batches)) for c, (p, batches) in enumerate(client_batches(t))]
+
+
+def assert_model(got, w, bias):
+    np.testing.assert_allclose(got[0], w, atol=1e-9)
+    np.testing.assert_allclose(got[1], bias, atol=1e-9)

@@ -3,20 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import CLIP, DECAY, LR, OPTIONS, Adam, client_batches, run, start
+from by_hand import CLIP, DECAY, LR, OPTIONS, Adam, R, T, assert_model, client_batches, run, start
 from problem import K, L, N, gradients, m, n, setup
 
 pytestmark = pytest.mark.usefixtures("x64")
-R = 3
-
-
-def T(x):
-    return x.swapaxes(-1, -2)
-
-
-def assert_ends(got, w, bias):
-    np.testing.assert_allclose(got[0], w, atol=1e-9)
-    np.testing.assert_allclose(got[1], bias, atol=1e-9)
 
 
 def galore(w, bias, batches, basis):
@@ -39,7 +29,7 @@ def test_galore_avg_averages_weights_from_own_subspaces(client_weights):
             basis = np.linalg.svd(gradients(w, bias, shift, *batches[0])[0])[0][..., :R]
             rows.append((p, *galore(w, bias, batches, basis)))
         w, bias = sum(p * x for p, x, _ in rows), sum(p * x for p, _, x in rows)
-    assert_ends(run("galore_avg", 2, finder="svd", client_weights=client_weights), w, bias)
+    assert_model(run("galore_avg", 2, finder="svd", client_weights=client_weights), w, bias)
 
 
 def test_fedlore_has_one_new_basis_a_round():
@@ -50,7 +40,7 @@ def test_fedlore_has_one_new_basis_a_round():
     for t, basis in enumerate(bases):
         rows = [(p, *galore(w, bias, batches, basis)) for p, batches in client_batches(t)]
         w, bias = sum(p * x for p, x, _ in rows), sum(p * x for p, _, x in rows)
-    assert_ends(run("fedlore", 2), w, bias)
+    assert_model(run("fedlore", 2), w, bias)
     assert np.abs(bases[0] - bases[1]).max() > 0.1
 
 
@@ -73,7 +63,7 @@ def test_fedslop_is_momentum_in_a_shared_random_subspace():
                 x_w, x_b = x_w - LR * (u + DECAY * x_w), x_b - LR * v
             new_w, new_bias = new_w + p * x_w, new_bias + p * x_b
         w, bias = new_w, new_bias
-    assert_ends(run("fedslop", 2, momentum=mu), w, bias)
+    assert_model(run("fedslop", 2, momentum=mu), w, bias)
 
 
 def test_ssf_is_scaffold_in_the_subspace_and_backfills():
@@ -101,7 +91,7 @@ def test_ssf_is_scaffold_in_the_subspace_and_backfills():
         w, bias = w + basis @ sum(p * z for p, z, _ in rows), sum(p * b for p, _, b in rows)
         c, c_b = c + moved / N, c_b + moved_b / N
     got = run("ssf", 3, **options)
-    assert_ends(got, w, bias)
+    assert_model(got, w, bias)
     np.testing.assert_allclose(got[2].server.extra["variate"]["layers/kernel"], c, atol=1e-9)
     np.testing.assert_allclose(got[2].clients["layers/kernel"][2], own[2][0], atol=1e-9)
 
