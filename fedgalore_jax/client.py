@@ -1,16 +1,35 @@
 """What one client does in a round: K local steps on its own batches. The engine vmaps it over clients."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedgalore_jax.strategies.base import Download, Ops, Strategy, Upload
+from fedgalore_jax.strategies.base import Download, Local, Ops, Strategy, Upload
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
 Loss = Callable[[Params, Batch, Array], Array]
 """`(params, batch, dropout key) -> scalar`, the mean loss over the batch's real samples."""
+
+
+class Trained(NamedTuple):
+    """What a client leaves after a round.
+
+    Attributes:
+      upload: for the server.
+      memory: its own, for its next round.
+      losses: `[K]`.
+      opt: the last state of its optimizer.
+      gradients: how many gradients it evaluated, a Python int: all of them are seen while tracing.
+    """
+
+    upload: Upload
+    memory: Tree
+    losses: Array
+    opt: Tree
+    gradients: int
 
 
 def local_train(
@@ -22,7 +41,7 @@ def local_train(
     batch: Callable[[Array], Batch],
     client: Array,
     key: Array,
-) -> tuple[Upload, Tree, Array]:
+) -> Trained:
     """Trains one client.
 
     The step counter comes from the scan and the round number, neither of which is batched over clients, so
@@ -39,35 +58,58 @@ def local_train(
       key: of this client in this round.
 
     Returns:
-      `(upload, client_state, losses [K])`.
+      A `Trained`.
     """
     dropout, own = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    gradients = 0
 
     def objective(tree, assemble, j):
         return loss(assemble(tree), batch(j), jax.random.fold_in(dropout, j))
 
     def gradient(assemble, tree, j):
+        nonlocal gradients
+        gradients += 1
         if j >= steps:
             raise ValueError(f"batch {j} of a client with {steps} local steps: ask for fewer batches")
         return jax.grad(objective)(tree, assemble, j)
 
-    ops = Ops(client, own, gradient)
-    local = strategy.start(download, client_state, ops)
+    def train(local: Local, tx, count: int) -> tuple[Local, Array]:
+        nonlocal gradients
+        if not 1 <= count <= steps:
+            raise ValueError(f"{count} steps of a client with {steps} local steps: ask for 1 to {steps}")
+        evaluations = 0
 
-    def assemble(trainable):
-        return strategy.assemble(download, trainable, local.extra)
+        def assemble(trainable):
+            return strategy.assemble(download, trainable, local.extra)
 
-    def step(carry, j):
-        trainable, opt = carry
-        value, grads = jax.value_and_grad(objective)(trainable, assemble, j)
-        updates, opt = strategy.tx.update(
-            grads, opt, trainable, extra=local.extra, step=download.round * steps + j
-        )
-        return (optax.apply_updates(trainable, updates), opt), value
+        def step(carry, j):
+            nonlocal evaluations
+            evaluations = 1
+            trainable, opt = carry
+            value, grads = jax.value_and_grad(objective)(trainable, assemble, j)
 
-    (trainable, opt), losses = jax.lax.scan(
-        step, (local.trainable, local.opt), jnp.arange(steps, dtype=jnp.int32)
-    )
-    local = local._replace(trainable=trainable, opt=opt)
+            def grad_fn(point):
+                nonlocal evaluations
+                evaluations += 1
+                return jax.grad(objective)(point, assemble, j)
+
+            updates, opt = tx.update(
+                grads,
+                opt,
+                trainable,
+                extra=local.extra,
+                start=local.trainable,
+                step=download.round * steps + j,
+                grad_fn=grad_fn,
+            )
+            return (optax.apply_updates(trainable, updates), opt), value
+
+        carry = local.trainable, local.opt
+        (trainable, opt), losses = jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))
+        gradients += count * evaluations
+        return local._replace(trainable=trainable, opt=opt), losses
+
+    ops = Ops(client, own, gradient, lambda local, tx, count=steps: train(local, tx, count)[0])
+    local, losses = train(strategy.start(download, client_state, ops), strategy.tx, steps)
     upload, client_state = strategy.finish(download, local, client_state, ops)
-    return upload, client_state, losses
+    return Trained(upload, client_state, losses, local.opt, gradients)

@@ -25,27 +25,33 @@ class RunState(NamedTuple):
     Attributes:
       server: the strategy's state.
       clients: memories of all clients, rows `[N, ...]`.
+      last: `[N]` int32, the last round each client took part in; -1 before its first.
       key: the run's PRNG key; round t uses `fold_in(key, t)`.
     """
 
     server: Tree
     clients: Tree
+    last: Array
     key: Array
 
 
 class Wire(NamedTuple):
-    """Bytes of one client, measured from the pytrees themselves.
+    """Costs of one client, measured from the pytrees and the traced round themselves.
 
     Attributes:
-      down, up: what travels each round.
+      down, up: bytes that travel each round.
       optimizer: state of the local optimizer.
       memory: what the client keeps between rounds.
+      catch_up: what a client must be sent for each round that it missed, before it can take part again.
+      gradients: gradient evaluations per local step.
     """
 
     down: int
     up: int
     optimizer: int
     memory: int
+    catch_up: int
+    gradients: float
 
 
 def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> RunState:
@@ -56,7 +62,7 @@ def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> Ru
     server = jax.jit(strategy.init, static_argnums=2)(params, server_key, num_clients)
     ids = jnp.arange(num_clients, dtype=jnp.int32)
     clients = jax.vmap(partial(strategy.client_init, params))(ids)
-    return RunState(server, clients, run_key)
+    return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
 
 
 class Engine(NamedTuple):
@@ -125,8 +131,8 @@ class Engine(NamedTuple):
 
             client_key = jax.random.fold_in(key, client_id)
             args = (strategy, self.loss, self.steps, download, memory)
-            upload, memory, losses = local_train(*args, batch, client_id, client_key)
-            return upload, memory, losses.mean()
+            trained = local_train(*args, batch, client_id, client_key)
+            return trained.upload, trained.memory, trained.losses.mean()
 
         def train_chunk(chunk):
             ids, samples, weight, p, taking_part, memory = chunk
@@ -152,14 +158,32 @@ class Engine(NamedTuple):
 
         cohort = Cohort(weights, mask, self.num_clients, self.steps)
         server, metrics = strategy.aggregate(state.server, Upload(mean, total, stack), cohort)
+        missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, stack)
+        metrics = {"train_loss": loss, **metrics, **missed}
+        present = jnp.where(mask > 0, plan.ids, self.num_clients)
         clients = jax.tree.map(
-            lambda rows, new: rows.at[plan.ids].set(new, mode="drop"), state.clients, memory
+            lambda rows, new: rows.at[present].set(new, mode="drop"), state.clients, memory
         )
-        return RunState(server, clients, state.key), {"train_loss": loss, **metrics}
+        last = state.last.at[present].set(download.round, mode="drop")
+        return RunState(server, clients, last, state.key), metrics
+
+    def catch_up(self, state: RunState, ids: Array, mask: Array, download, stack) -> dict[str, Array]:
+        """Bytes that this round's clients first need for the rounds they missed, over all of them.
+
+        Missed rounds are priced like this one. A client that missed many is sent the model instead.
+        """
+        relayed = tree.nbytes(self.strategy.relay(stack)) / len(ids)
+        sent = tree.nbytes(self.strategy.catch_up(download))
+        if not relayed + sent:
+            return {}
+        model = tree.nbytes(jax.eval_shape(self.strategy.export, state.server))
+        rounds = download.round - 1 - state.last.take(ids, mode="clip")
+        each = jnp.minimum(rounds * (relayed * mask.sum() + sent), model)
+        return {"bytes_catch_up": (mask * each).sum()}
 
     def wire(self, state: RunState, plan: Plan) -> Wire:
-        """Measures what one client sends, receives and holds, without computing anything."""
-        strategy = self.strategy
+        """Measures what one client sends, receives, holds and computes, without computing anything."""
+        strategy, clients, gradients = self.strategy, plan.ids.shape[1], []
 
         def one(state, train, plan):
             download = strategy.broadcast(state.server)
@@ -170,11 +194,17 @@ class Engine(NamedTuple):
                 return {name: x[rows] for name, x in train.items()} | {"weight": plan.weight[0, 0]}
 
             args = (strategy, self.loss, self.steps, download, memory, batch, plan.ids[0, 0])
-            upload, memory, _ = local_train(*args, state.key)
-            opt = strategy.tx.init(download.trainable)
-            return strategy.wire_down(download), strategy.wire_up(upload), opt, memory
+            trained = local_train(*args, state.key)
+            gradients.append(trained.gradients)
+            stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), trained.upload.stack)
+            relayed = strategy.relay(stack)
+            down = strategy.wire_down(download), [relayed] * strategy.wire_of
+            missed = strategy.catch_up(download), relayed
+            return down, strategy.wire_up(trained.upload), trained.opt, trained.memory, missed
 
-        return Wire(*map(tree.nbytes, jax.eval_shape(one, state, self.train, plan)))
+        down, up, optimizer, memory, missed = map(tree.nbytes, jax.eval_shape(one, state, self.train, plan))
+        down, up = down // strategy.wire_of, up // strategy.wire_of
+        return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
 
 
 def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:

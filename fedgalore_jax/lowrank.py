@@ -138,17 +138,53 @@ def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key:
     return fix_signs(basis)
 
 
+@functools.partial(jax.jit, static_argnames=("rank",))
+def factored_svd(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
+    """The truncated SVD of `a @ b` without the product: O((m + n) k^2 + k^3) for each matrix.
+
+    Args:
+      a: `[..., m, k]`.
+      b: `[..., k, n]`.
+      rank: how many singular triples; beyond k (or m, or n) they are zero.
+
+    Returns:
+      `(u [..., m, rank], s [..., rank], vt [..., rank, n])` by descending singular value, in float32 (or
+      float64), with the signs of `fix_signs` in `u`.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    qa, ra = _one_by_one(lambda x: jnp.linalg.qr(x), a.astype(dtype))
+    qb, rb = _one_by_one(lambda x: jnp.linalg.qr(x), b.astype(dtype).mT)
+    u, s, vt = _one_by_one(lambda core: jnp.linalg.svd(core, full_matrices=False), _matmul(ra, rb.mT))
+    lifted = _matmul(qa, u)
+    u = fix_signs(lifted)
+    vt = _matmul(vt, qb.mT) * jnp.where((u == lifted).all(-2), 1, -1).astype(dtype)[..., None]
+    missing = max(rank - s.shape[-1], 0)
+    stack = [(0, 0)] * (s.ndim - 1)
+    u = jnp.pad(u[..., :rank], [*stack, (0, 0), (0, missing)])
+    return (
+        u,
+        jnp.pad(s[..., :rank], [*stack, (0, missing)]),
+        jnp.pad(vt[..., :rank, :], [*stack, (0, missing), (0, 0)]),
+    )
+
+
+def ridge(gram: Array, rhs: Array, weight: float) -> Array:
+    """`(gram + weight I)^-1 rhs` for small positive semidefinite `gram [..., r, r]`, `rhs [..., r, n]`."""
+    damped = gram + weight * jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return _one_by_one(jnp.linalg.solve, damped, rhs)
+
+
 def _normal(key, shape, dtype):
     """Standard normal numbers, drawn flat: a CPU compiles that ten times sooner, values are the same."""
     return jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
-def _one_by_one(decompose, matrices):
+def _one_by_one(decompose, *matrices):
     """Applies a LAPACK call to `[..., a, b]` in a loop, which `vmap` only makes longer."""
     decompose = sequential_vmap(decompose)
-    for _ in matrices.shape[:-2]:
+    for _ in matrices[0].shape[:-2]:
         decompose = jax.vmap(decompose)
-    return decompose(matrices)
+    return decompose(*matrices)
 
 
 def _scaled(x, axis):

@@ -71,17 +71,31 @@ def scale_by_warm_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
 
 def adam_state(opt: Tree) -> WarmAdamState:
     """The one `WarmAdamState` inside a composed optimizer state."""
-    (state,) = (leaf for leaf in jax.tree.leaves(opt, is_leaf=_is_adam) if _is_adam(leaf))
+    return find_state(opt, WarmAdamState)
+
+
+def find_state(opt: Tree, kind: type) -> Any:
+    """The one state of a type inside a composed optimizer state."""
+
+    def wanted(node):
+        return isinstance(node, kind)
+
+    (state,) = (leaf for leaf in jax.tree.leaves(opt, is_leaf=wanted) if wanted(leaf))
     return state
 
 
 def with_adam_state(opt: Tree, state: WarmAdamState) -> Tree:
     """The composed optimizer state with its `WarmAdamState` exchanged for `state`."""
-    return jax.tree.map(lambda leaf: state if _is_adam(leaf) else leaf, opt, is_leaf=_is_adam)
+    return with_state(opt, state)
 
 
-def _is_adam(leaf) -> bool:
-    return isinstance(leaf, WarmAdamState)
+def with_state(opt: Tree, state: Any) -> Tree:
+    """The composed optimizer state with its one state of `state`'s type exchanged for `state`."""
+
+    def wanted(node):
+        return isinstance(node, type(state))
+
+    return jax.tree.map(lambda node: state if wanted(node) else node, opt, is_leaf=wanted)
 
 
 def adamw_tail(

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import K, L, N, assert_close, federation, m, n, params, plan, setup, train_rounds
+from problem import K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
 
-from fedgalore_jax import strategies, tree
+from fedgalore_jax import engine, strategies, tree
 from fedgalore_jax.data import Plan
 
 r, bias = 3, n
@@ -14,6 +14,33 @@ CASES = {
     "fedavg": ("fedavg", {}),
     "fedavg, mean moments": ("fedavg", {"moments": "mean"}),
     "fedit": ("fedit", {}),
+    "fedavg, kept moments": ("fedavg", {"moments": "keep"}),
+    "fedprox": ("fedprox", {}),
+    "fedopt": ("fedopt", {"server_lr": 0.1}),
+    "scaffold": ("scaffold", {"clip": 5.0}),
+    "feddyn": ("feddyn", {}),
+    "fedsmoo": ("fedsmoo", {}),
+    "fedlada": ("fedlada", {"gamma": 0.5}),
+    "fedadamw": ("fedadamw", {}),
+    "fedglomo": ("fedglomo", {"clip": 5.0}),
+    "fedzmg": ("fedzmg", {"clip": 5.0}),
+    "ffa_lora": ("ffa_lora", {}),
+    "rolora": ("rolora", {}),
+    "lora_a2": ("lora_a2", {"local_rank": 1, "b_ratio": 1.0}),
+    "fedsa_lora": ("fedsa_lora", {}),
+    "flora": ("flora", {}),
+    "flora, ranks": ("flora", {"ranks": (3, 1), "lora_alpha": 4.0}),
+    "flexlora": ("flexlora", {}),
+    "flexlora, ranks": ("flexlora", {"ranks": (3, 1), "lora_alpha": 4.0, "weight_decay": 0.1}),
+    "hetlora": ("hetlora", {"ranks": (3, 2)}),
+    "lora_fair": ("lora_fair", {}),
+    "lora_fair, ls": ("lora_fair", {"solver": "ls"}),
+    "fedex_lora": ("fedex_lora", {}),
+    "fr_lora": ("fr_lora", {}),
+    "galore_avg": ("galore_avg", {}),
+    "fedlore": ("fedlore", {}),
+    "fedslop": ("fedslop", {"clip": 5.0}),
+    "ssf": ("ssf", {"clip": 5.0}),
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
@@ -21,14 +48,43 @@ CASES = {
     "fedgalore, dense median": ("fedgalore", {"client_weights": "dense", "sync": "median"}),
     "fedgalore, none": ("fedgalore", {"sync": "none", "refresh_rounds": 1}),
 }
-CORE = ("fedavg", "fedit", "fedgalore", "fedgalore, own")
+CORE = ("fedavg", "scaffold", "fedit", "fedgalore", "fedgalore, own")
 SEED = 8
+FULL = L * m * n + bias
+LORA = L * r * (m + n)
 MOMENTS = 2 * (L * r * n + bias)
 FLOATS = {
     # (down, up) per client and round, from the ledgers in the strategies' headers; SEED is in bytes.
-    "fedavg": (L * m * n + bias, L * m * n + bias),
-    "fedavg, mean moments": (3 * (L * m * n + bias), 3 * (L * m * n + bias)),
-    "fedit": (L * r * (m + n) + bias, L * r * (m + n) + bias),
+    "fedavg": (FULL, FULL),
+    "fedavg, mean moments": (3 * FULL, 3 * FULL),
+    "fedavg, kept moments": (FULL, FULL),
+    "fedprox": (FULL, FULL),
+    "fedopt": (FULL, FULL),
+    "scaffold": (2 * FULL, 2 * FULL),
+    "feddyn": (FULL, FULL),
+    "fedsmoo": (2 * FULL, 2 * FULL),
+    "fedlada": (3 * FULL, 2 * FULL),
+    "fedadamw": (2 * FULL + L * n + 1, FULL + L * n + 1),
+    "fedglomo": (2 * FULL, 2 * FULL),
+    "fedzmg": (FULL, FULL),
+    "fedit": (LORA + bias, LORA + bias),
+    "ffa_lora": (L * r * n + bias, L * r * n + bias),
+    "rolora": (LORA / 2 + bias, LORA / 2 + bias),
+    "lora_a2": (LORA / 2 + bias, LORA / r / 2 + bias + L),
+    "fedsa_lora": (L * m * r, L * m * r),
+    "flora": (N * LORA + bias, LORA + bias),
+    "flora, ranks": ((3 * LORA + 2 * LORA / 3) + bias, LORA * 2 / 3 + bias),
+    "flexlora": (LORA + bias, LORA + bias),
+    "flexlora, ranks": (LORA * 2 / 3 + bias, LORA * 2 / 3 + bias),
+    "hetlora": (LORA * 5 / 6 + bias, LORA * 5 / 6 + bias + L + 1),
+    "lora_fair": (LORA + bias, LORA + bias),
+    "lora_fair, ls": (LORA + bias, LORA + bias),
+    "fedex_lora": (N * LORA + bias, LORA + bias),
+    "fr_lora": (LORA + bias, LORA + bias),
+    "galore_avg": (FULL, LORA + bias),
+    "fedlore": (L * r * n + bias + SEED / 4, L * r * n + bias),
+    "fedslop": (FULL + SEED / 4, FULL),
+    "ssf": (2 * (L * r * n + bias) + SEED / 4, 2 * (L * r * n + bias)),
     "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
     "fedgalore, own": (
         L * m * n + bias + MOMENTS / 2,
@@ -46,6 +102,18 @@ FLOATS = {
     ),
     "fedgalore, none": (L * r * n + bias + SEED / 4, L * r * n + bias),
 }
+MEMORY = {
+    # Floats that a client keeps between rounds; two counters go along with moments.
+    "fedavg, kept moments": 2 * FULL + 2,
+    "scaffold": FULL,
+    "feddyn": FULL,
+    "fedsmoo": 2 * FULL,
+    "fedsa_lora": L * r * n + bias,
+    "hetlora": 1,
+    "ssf": FULL,
+}
+GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
+"""Gradient evaluations per local step, where there is more than one."""
 
 every = pytest.mark.parametrize(
     "case", [c if c in CORE else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
@@ -54,7 +122,7 @@ every = pytest.mark.parametrize(
 
 def test_every_strategy_has_a_row():
     assert {method for method, _ in CASES.values()} == set(strategies.names())
-    assert {CASES[case][0] for case in CORE} == set(strategies.names())
+    assert FLOATS.keys() == CASES.keys() > MEMORY.keys() | GRADIENTS.keys() | set(CORE)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +140,21 @@ def built():
     return get
 
 
+def exported(machine, state):
+    """The model of the federation, or the first client's where each has its own."""
+    strategy = machine.strategy
+    if not strategy.personal:
+        return strategy.export(state.server)
+    return strategy.export(state.server, jax.tree.map(lambda rows: rows[0], state.clients))
+
+
 @every
 def test_ten_rounds_are_finite_and_the_loss_falls(built, case):
     machine, rounds, state, ten = built(case)
     state, metrics = rounds(state, machine.train, ten, 10)
     losses = np.asarray(metrics["train_loss"])
     assert np.isfinite(losses).all() and losses[-2:].mean() < 0.85 * losses[0]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(machine.strategy.export(state.server)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(exported(machine, state)))
 
 
 @every
@@ -115,8 +191,8 @@ def test_chunks_agree(built, case, chunk):
     machine, rounds, state, ten = built(case)
     whole, whole_metrics = rounds(state, machine.train, ten, 2)
     method, options = CASES[case]
-    out, chunked, metrics = train_rounds(method, 2, chunk=chunk, **options)
-    assert_close(out, machine.strategy.export(whole.server), 1e-5)
+    _, chunked, metrics = train_rounds(method, 2, chunk=chunk, **options)
+    assert_close(exported(machine, chunked), exported(machine, whole), 1e-5)
     assert jax.tree.structure(chunked) == jax.tree.structure(whole)
     np.testing.assert_allclose(metrics["train_loss"], whole_metrics["train_loss"][:2], rtol=1e-4)
 
@@ -127,8 +203,8 @@ def test_the_order_of_clients_does_not_matter(built, case):
     order = np.array([3, 0, 4, 1, 2])
     mixed = Plan(*(field[:, order] for field in ten))
     assert_close(
-        machine.strategy.export(rounds(state, machine.train, ten, 2)[0].server),
-        machine.strategy.export(rounds(state, machine.train, mixed, 2)[0].server),
+        exported(machine, rounds(state, machine.train, ten, 2)[0]),
+        exported(machine, rounds(state, machine.train, mixed, 2)[0]),
         1e-5,
     )
 
@@ -138,8 +214,8 @@ def test_only_relative_weights_matter(built, case):
     machine, rounds, state, ten = built(case)
     heavy = ten._replace(counts=ten.counts * 7)
     assert_close(
-        machine.strategy.export(rounds(state, machine.train, ten, 2)[0].server),
-        machine.strategy.export(rounds(state, machine.train, heavy, 2)[0].server),
+        exported(machine, rounds(state, machine.train, ten, 2)[0]),
+        exported(machine, rounds(state, machine.train, heavy, 2)[0]),
         1e-5,
     )
 
@@ -151,8 +227,8 @@ def test_absent_clients_change_nothing(built, case):
     gone = ten._replace(counts=np.where(np.arange(N) == 2, 0, ten.counts))
     wild = machine.train | {"x": machine.train["x"].at[federation().parts[2]].set(1e6)}
     assert_close(
-        rounds(state, machine.train, gone, 2)[0].server,
-        rounds(state, wild, gone, 2)[0].server,
+        rounds(state, machine.train, gone, 2)[0],
+        rounds(state, wild, gone, 2)[0],
         1e-6,
     )
 
@@ -160,7 +236,7 @@ def test_absent_clients_change_nothing(built, case):
 @every
 def test_frozen_leaves_are_untouched_and_the_rest_moves(built, case):
     machine, rounds, state, ten = built(case)
-    out = machine.strategy.export(rounds(state, machine.train, ten, 1)[0].server)
+    out = exported(machine, rounds(state, machine.train, ten, 1)[0])
     start = params()
     assert jax.tree.structure(out) == jax.tree.structure(start)
     np.testing.assert_array_equal(out["embeddings"]["shift"], start["embeddings"]["shift"])
@@ -173,7 +249,8 @@ def test_bytes_on_the_wire_are_the_ledgers(built, case):
     machine, _, state, ten = built(case)
     wire = machine.wire(state, ten)
     assert (wire.down / 4, wire.up / 4) == FLOATS[case]
-    assert wire.memory == 0
+    assert wire.memory == 4 * MEMORY.get(case, 0)
+    assert wire.gradients == pytest.approx(GRADIENTS.get(case, 1))
 
 
 @every
@@ -181,6 +258,41 @@ def test_runs_are_bit_identical(built, case):
     machine, rounds, state, ten = built(case)
     first, second = (rounds(state, machine.train, ten, 3)[0] for _ in range(2))
     assert_close(first, second, 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c in CORE else pytest.param(c, marks=pytest.mark.slow) for c in MEMORY if c != "hetlora"],
+)
+def test_memories_of_absent_clients_stay(built, case):
+    machine, rounds, state, ten = built(case)
+    gone = ten._replace(counts=np.where(np.arange(N) == 2, 0, ten.counts))
+    after, _ = rounds(state, machine.train, gone, 1)
+    old, new = (jax.tree.leaves((s.clients, s.last)) for s in (state, after))
+    for before, now in zip(old, new, strict=True):
+        np.testing.assert_array_equal(now[2], before[2])
+    assert all((now[0] != before[0]).any() for before, now in zip(old, new, strict=True))
+    assert after.last.tolist() == [0, 0, -1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "case", ["fedsmoo", *(pytest.param(c, marks=pytest.mark.slow) for c in ("fedgalore, own", "fedglomo"))]
+)
+def test_gradients_are_counted_as_they_run(case):
+    """The count is taken while tracing; here the loss itself counts."""
+    method, options = CASES[case]
+    machine, _, state = setup(method, chunk=1, **options)
+    seen = []
+
+    def counting(params, batch, key):
+        jax.debug.callback(lambda: seen.append(1))
+        return loss(params, batch, key)
+
+    machine = machine._replace(loss=counting)
+    rows = plan(range(1), cohort=1)
+    jax.block_until_ready(jax.jit(machine.round)(state, machine.train, Plan(*(x[0] for x in rows))))
+    jax.effects_barrier()
+    assert len(seen) == GRADIENTS[case] * K == machine.wire(state, rows).gradients * K
 
 
 def test_a_client_remembers_and_others_do_not():
@@ -197,8 +309,6 @@ def test_a_client_remembers_and_others_do_not():
         finish=finish,
     )
     machine = machine._replace(strategy=remembering)
-    from fedgalore_jax import engine
-
     state = engine.init(remembering, params(), jax.random.key(0), N)
     rows = plan(range(2), cohort=3, chunk=2)
     state, _ = machine.programs()[0](state, machine.train, rows, 2)
@@ -207,12 +317,13 @@ def test_a_client_remembers_and_others_do_not():
     assert state.clients["seen"].tolist() == want and 0 in want
     assert state.clients["id"].tolist() == [c if s else -1 for c, s in enumerate(want)]
     assert machine.wire(state, rows).memory == 8
+    assert state.last.tolist() == [max([t for t in range(2) if c in chosen[t]], default=-1) for c in range(N)]
 
 
 def test_one_client_alone_is_plain_local_training():
     """FedAvg with one client is AdamW on its batches: K steps, nothing else."""
     import optax
-    from problem import loss, samples
+    from problem import samples
 
     machine, rounds, state = setup("fedavg", chunk=1, clip=0.0)
     rows = plan(range(1), cohort=1)
@@ -232,11 +343,11 @@ def test_one_client_alone_is_plain_local_training():
 
 
 def test_unknown_names_and_options_list_the_accepted_ones():
-    with pytest.raises(ValueError, match="unknown method 'fedsgd': choose from fedavg, fedgalore"):
+    with pytest.raises(ValueError, match=r"unknown method 'fedsgd': choose from .*fedavg, .*fedgalore"):
         strategies.build("fedsgd", lr=1.0)
-    with pytest.raises(ValueError, match="fedavg has no option 'momnets': its options are moments"):
+    with pytest.raises(ValueError, match="fedavg has no option 'momnets': its options are client, moments"):
         strategies.build("fedavg", lr=1.0, momnets="mean")
-    with pytest.raises(ValueError, match="moments='kept' is not one of reset, mean"):
+    with pytest.raises(ValueError, match="moments='kept' is not usable: give one of reset, keep, mean"):
         strategies.build("fedavg", lr=1.0, moments="kept")
 
 

@@ -147,7 +147,7 @@ BAD = {
     "--opt=basis=own --opt=basis_batches=21": "batch 20 of a client with 20 local steps",
     "--method=fedit --client_weights=dense": "client_weights='dense': fedit has one form only",
     "--adapt=layers/.*bias": "only kernels can be adapted",
-    "--method=fedsgd": "unknown method 'fedsgd': choose from fedavg",
+    "--method=fedsgd": "unknown method 'fedsgd': choose from fedadamw, fedavg",
     "--method=fedavg,fedavg": "name each method once",
     "--task=mnist": "unknown task 'mnist': choose from 20newsgroups",
     "--opt=sync=max": "sync='max' is not one of",

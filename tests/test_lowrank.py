@@ -202,3 +202,28 @@ def test_bad_arguments_name_value_and_remedy(rank):
         lowrank.random_basis(KEY, (6,), rank)
     with pytest.raises(ValueError, match=r"finder='pca' .*svd, gram, subspace, random"):
         lowrank.leading_subspace(jnp.ones((6, 9)), 2, finder="pca", key=KEY)
+
+
+def test_factored_svd_is_the_svd_of_the_product():
+    """Stacked, rank deficient in one matrix of the stack, asked for more triples than there are."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 9, 4)), rng.normal(size=(2, 4, 7))
+    a[1, :, 3] = a[1, :, 0]
+    u, s, vt = (np.asarray(x) for x in lowrank.factored_svd(jnp.asarray(a), jnp.asarray(b), 6))
+    assert u.shape == (2, 9, 6) and s.shape == (2, 6) and vt.shape == (2, 6, 7)
+    np.testing.assert_allclose((u * s[:, None]) @ vt, a @ b, atol=1e-5)
+    want = np.linalg.svd(a @ b, compute_uv=False)
+    np.testing.assert_allclose(s[:, :4], want[:, :4], atol=1e-5)
+    best = np.linalg.svd(a @ b)
+    two = (u[..., :2] * s[:, None, :2]) @ vt[:, :2]
+    np.testing.assert_allclose(two, (best[0][..., :2] * best[1][:, None, :2]) @ best[2][:, :2], atol=1e-5)
+    peaks = np.take_along_axis(u, np.abs(u).argmax(-2, keepdims=True), -2)[..., :3]
+    assert (peaks > 0).all()
+
+
+def test_ridge_solves_each_of_a_stack():
+    rng = np.random.default_rng(0)
+    x, rhs = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 3, 4))
+    gram = x.swapaxes(1, 2) @ x
+    got = lowrank.ridge(jnp.asarray(gram), jnp.asarray(rhs), 0.1)
+    np.testing.assert_allclose(got, np.linalg.solve(gram + 0.1 * np.eye(3), rhs), rtol=1e-4, atol=1e-5)

@@ -1,59 +1,13 @@
 """Whole rounds against float64 NumPy, written down step by step."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import B, K, L, N, gradients, m, n, params, plan, samples, setup
+from by_hand import CLIP, DECAY, LR, OPTIONS, Adam, client_batches, run, start
+from problem import B, K, L, gradients, m, n, setup
 
 from fedgalore_jax.optimizer import adam_state
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-LR, CLIP, DECAY, B1, B2, EPS = 0.05, 0.7, 0.1, 0.9, 0.999, 1e-6
-OPTIONS = {"clip": CLIP, "weight_decay": DECAY, "dtype": np.float64}
-
-
-class Adam:
-    """Clip by global norm, Adam, decoupled decay of what is named, one learning rate."""
-
-    def __init__(self, shapes, nu=None, count=0):
-        self.m = {k: np.zeros(s) for k, s in shapes.items()}
-        self.v = nu or {k: np.zeros(s) for k, s in shapes.items()}
-        self.t_m, self.t_v = 0, count
-
-    def step(self, values, grads, decayed, lr=LR):
-        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        self.t_m, self.t_v = self.t_m + 1, self.t_v + 1
-        for k, g in grads.items():
-            g = g * min(1, CLIP / norm)
-            self.m[k] = B1 * self.m[k] + (1 - B1) * g
-            self.v[k] = B2 * self.v[k] + (1 - B2) * g**2
-            m_hat = self.m[k] / (1 - B1**self.t_m)
-            v_hat = self.v[k] / (1 - B2**self.t_v)
-            decay = DECAY * values[k] if k in decayed else 0
-            values[k] = values[k] - lr * (m_hat / (np.sqrt(v_hat) + EPS) + decay)
-
-
-def start():
-    p = params(jnp.float64)
-    leaves = p["layers"]["kernel"], p["classifier"]["bias"], p["embeddings"]["shift"]
-    return tuple(np.asarray(leaf) for leaf in leaves)
-
-
-def client_batches(t):
-    """`(p_i, [(x, y)] * K)` of each client of round t; a small client's padding is cut off."""
-    data, rows = samples(np.float64), plan(range(t, t + 1))
-    for c in range(N):
-        keep = rows.weight[0, c] > 0
-        batches = [rows.samples[0, c, k][keep] for k in range(K)]
-        yield rows.counts[0, c] / rows.counts[0].sum(), [(data["x"][b], data["labels"][b]) for b in batches]
-
-
-def run(method, count, **options):
-    machine, rounds, state = setup(method, **OPTIONS, **options)
-    state, _ = rounds(state, machine.train, plan(range(count)), count)
-    out = machine.strategy.export(state.server)
-    return np.asarray(out["layers"]["kernel"]), np.asarray(out["classifier"]["bias"]), state
 
 
 def test_the_problem_has_a_small_client_and_real_clipping():

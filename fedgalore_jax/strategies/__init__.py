@@ -6,11 +6,63 @@ import typing
 from dataclasses import fields
 
 from fedgalore_jax.strategies.base import Common, Strategy
+from fedgalore_jax.strategies.fedadamw import fedadamw
 from fedgalore_jax.strategies.fedavg import fedavg
+from fedgalore_jax.strategies.feddyn import feddyn
+from fedgalore_jax.strategies.fedex_lora import fedex_lora
 from fedgalore_jax.strategies.fedgalore import fedgalore
+from fedgalore_jax.strategies.fedglomo import fedglomo
 from fedgalore_jax.strategies.fedit import fedit
+from fedgalore_jax.strategies.fedlada import fedlada
+from fedgalore_jax.strategies.fedlore import fedlore
+from fedgalore_jax.strategies.fedopt import fedopt
+from fedgalore_jax.strategies.fedprox import fedprox
+from fedgalore_jax.strategies.fedsa_lora import fedsa_lora
+from fedgalore_jax.strategies.fedslop import fedslop
+from fedgalore_jax.strategies.fedsmoo import fedsmoo
+from fedgalore_jax.strategies.fedzmg import fedzmg
+from fedgalore_jax.strategies.ffa_lora import ffa_lora
+from fedgalore_jax.strategies.flexlora import flexlora
+from fedgalore_jax.strategies.flora import flora
+from fedgalore_jax.strategies.fr_lora import fr_lora
+from fedgalore_jax.strategies.galore_avg import galore_avg
+from fedgalore_jax.strategies.hetlora import hetlora
+from fedgalore_jax.strategies.lora_a2 import lora_a2
+from fedgalore_jax.strategies.lora_fair import lora_fair
+from fedgalore_jax.strategies.rolora import rolora
+from fedgalore_jax.strategies.scaffold import scaffold
+from fedgalore_jax.strategies.ssf import ssf
 
-_STRATEGIES = {"fedavg": fedavg, "fedgalore": fedgalore, "fedit": fedit}
+_STRATEGIES = {
+    "fedadamw": fedadamw,
+    "fedavg": fedavg,
+    "feddyn": feddyn,
+    "fedex_lora": fedex_lora,
+    "fedgalore": fedgalore,
+    "fedglomo": fedglomo,
+    "fedit": fedit,
+    "fedlada": fedlada,
+    "fedlore": fedlore,
+    "fedopt": fedopt,
+    "fedprox": fedprox,
+    "fedsa_lora": fedsa_lora,
+    "fedslop": fedslop,
+    "fedsmoo": fedsmoo,
+    "fedzmg": fedzmg,
+    "ffa_lora": ffa_lora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "fr_lora": fr_lora,
+    "galore_avg": galore_avg,
+    "hetlora": hetlora,
+    "lora_a2": lora_a2,
+    "lora_fair": lora_fair,
+    "rolora": rolora,
+    "scaffold": scaffold,
+    "ssf": ssf,
+}
+_RANKS = ("flexlora", "flora", "hetlora")
+"""Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
 
 
@@ -44,6 +96,8 @@ def build(name: str, **given) -> Strategy:
     hints = typing.get_type_hints(Common) | typing.get_type_hints(_STRATEGIES[name])
     for key, value in given.items():
         _check_type(name, key, value, hints[key])
+    if given.get("ranks") and name not in _RANKS:
+        raise ValueError(f"{name} has one rank for all, not ranks={given['ranks']}: try {', '.join(_RANKS)}")
     common = Common(**{key: value for key, value in given.items() if key in _COMMON})
     return _STRATEGIES[name](common, **{k: v for k, v in given.items() if k in own})
 

@@ -47,6 +47,21 @@ class Download(NamedTuple):
     round: Array
 
 
+class ServerState(NamedTuple):
+    """The server's memory, as most methods need it.
+
+    Attributes:
+      trainable, frozen: `{path: leaf}`, together the model in the method's own form.
+      extra: whatever else the method keeps (moments, control variates, last changes).
+      round: int32 scalar.
+    """
+
+    trainable: Flat
+    frozen: Flat
+    extra: Any
+    round: Array
+
+
 class Local(NamedTuple):
     """A client in the middle of its local steps.
 
@@ -101,11 +116,14 @@ class Ops(NamedTuple):
       key: PRNG key of this client in this round.
       grad: `grad(assemble, tree, j)` is the gradient, with respect to `tree`, of the loss of the model
         `assemble(tree)` on the client's j-th batch.
+      train: `train(local, tx, steps=K)` is `local` after that many steps of `tx` on the client's first
+        batches, the same ones (and the same dropout) as in its local training.
     """
 
     id: Array
     key: Array
     grad: Callable[[Callable[[Tree], Params], Tree, int], Tree]
+    train: Callable[..., Local]
 
 
 class Strategy(NamedTuple):
@@ -119,11 +137,20 @@ class Strategy(NamedTuple):
       start: `(download, client_state, ops) -> Local`, on each client (vmapped).
       finish: `(download, local, client_state, ops) -> (Upload, client_state)`, on each client (vmapped).
       aggregate: `(state, upload, cohort) -> (state, metrics)`; `upload.stack` has a leading client axis.
-      export: `(state) -> params`, the dense global model.
-      tx: the local step, called as `tx.update(g, opt, trainable, extra=local.extra, step=global_step)`.
+      export: `(state, client_state=None) -> params`, the dense global model; of a personalised method with
+        a client's memory, that client's own model.
+      tx: the local step, called as `tx.update(g, opt, trainable, extra=local.extra, start=, step=,
+        grad_fn=)`: where local training started, the global step, and `grad_fn(trainable) -> grads`, a
+        further gradient on the same batch with the same dropout.
       client_init: `(params, id) -> client_state`, the memory of one client; `()` costs nothing.
       wire_down: `(download) -> tree` that really travels down (a seed, not the basis made from it).
       wire_up: `(upload) -> tree` that really travels up; called with one client's upload.
+      relay: `(stack) -> tree`, what of all clients' rows `[C, ...]` the server sends on to every client.
+      catch_up: `(download) -> tree`, what of this round's download a client that stays away must be sent
+        later; what is relayed counts as well.
+      wire_of: over how many rounds (or clients) the trees of `wire_down` and `wire_up` extend, for methods
+        whose rounds or clients differ; bytes are their mean.
+      personal: whether every client has a model of its own, to be evaluated on its own data.
     """
 
     init: Callable[[Params, Array, int], Any]
@@ -132,11 +159,18 @@ class Strategy(NamedTuple):
     start: Callable[[Download, Any, Ops], Local]
     finish: Callable[[Download, Local, Any, Ops], tuple[Upload, Any]]
     aggregate: Callable[[Any, Upload, Cohort], tuple[Any, dict[str, Array]]]
-    export: Callable[[Any], Params]
+    export: Callable[..., Params]
     tx: optax.GradientTransformationExtraArgs
     client_init: Callable[[Params, Array], Any] = lambda params, id: ()
     wire_down: Callable[[Download], Tree] = lambda download: download.trainable
     wire_up: Callable[[Upload], Tree] = lambda upload: upload
+    relay: Callable[[Tree], Tree] = lambda stack: ()
+    catch_up: Callable[[Download], Tree] = lambda download: ()
+    wire_of: int = 1
+    personal: bool = False
+
+
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
@@ -146,8 +180,11 @@ class Common:
     Attributes:
       lr: learning rate of the clients, or a schedule of the global step (round * K + local step).
       rank: r of adapters and subspaces; a subspace must be smaller than the side that it lies in.
+      ranks: of the clients, cycled over their ids, where a method allows them to differ; `rank` is then the
+        largest. None gives every client `rank`.
       head_ratio: learning rate of `train` leaves as a multiple of `lr`.
-      lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank`. None means `2 * rank`, a scale of 2.
+      lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank` (a client's own rank, where they differ).
+        None means a scale of 2.
       weight_decay: decoupled, on kernels only.
       clip: global norm above which a client's gradient, as trained (projected where projected), is scaled
         down; 0 switches it off.
@@ -157,6 +194,7 @@ class Common:
 
     lr: float | Schedule
     rank: int = 4
+    ranks: tuple[int, ...] | None = None
     head_ratio: float = 1.0
     lora_alpha: float | None = None
     weight_decay: float = 0.0
@@ -169,23 +207,32 @@ class Common:
     def __post_init__(self):
         """Refuses values that cannot mean anything."""
         if not callable(self.lr):
-            _require("lr", self.lr, 0 < self.lr < math.inf, "a positive, finite number")
-        _require("rank", self.rank, isinstance(self.rank, int) and self.rank > 0, "an integer >= 1")
+            require("lr", self.lr, 0 < self.lr < math.inf, "a positive, finite number")
+        require("rank", self.rank, isinstance(self.rank, int) and self.rank > 0, "an integer >= 1")
+        if self.ranks is not None:
+            whole = bool(self.ranks) and all(isinstance(r, int) and r > 0 for r in self.ranks)
+            require("ranks", self.ranks, whole, "integers >= 1")
+            require("ranks", self.ranks, max(self.ranks) == self.rank, f"a largest rank of {self.rank}")
         for name in ("head_ratio", "weight_decay", "clip", "b1", "b2"):
             value = getattr(self, name)
-            _require(name, value, 0 <= value < math.inf, "a finite number >= 0")
-        _require("b1", self.b1, self.b1 < 1, "a number in [0, 1)")
-        _require("b2", self.b2, self.b2 < 1, "a number in [0, 1)")
-        _require("eps", self.eps, 0 < self.eps < math.inf, "a positive, finite number")
+            require(name, value, 0 <= value < math.inf, "a finite number >= 0")
+        require("b1", self.b1, self.b1 < 1, "a number in [0, 1)")
+        require("b2", self.b2, self.b2 < 1, "a number in [0, 1)")
+        require("eps", self.eps, 0 < self.eps < math.inf, "a positive, finite number")
         if self.lora_alpha is not None:
-            _require("lora_alpha", self.lora_alpha, 0 < self.lora_alpha < math.inf, "positive")
+            require("lora_alpha", self.lora_alpha, 0 < self.lora_alpha < math.inf, "positive")
         for pattern, role in self.roles:
-            _require("roles", f"{pattern}={role}", role in ROLES, f"a role among {', '.join(ROLES)}")
+            require("roles", f"{pattern}={role}", role in ROLES, f"a role among {', '.join(ROLES)}")
 
     @property
     def lora_scale(self) -> float:
         """s = alpha / r."""
         return 2.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+
+    def rank_of(self, client: Array) -> Array:
+        """The rank of a client, int32 scalar."""
+        ranks = jnp.asarray(self.ranks or (self.rank,), jnp.int32)
+        return ranks[client % len(ranks)]
 
     def role(self, path: str) -> str:
         """The role of one parameter."""
@@ -201,10 +248,18 @@ class Common:
             raise ValueError(f"only kernels can be adapted, not {', '.join(others)}: train them")
         return adapt, train, freeze
 
+    def trained(self, params: Params) -> Flat:
+        """The leaves `{path: leaf}` that full-weight methods train."""
+        adapt, train, _ = self.split(tree.flatten(params))
+        return adapt | train
+
     def clipped_adam(self) -> optax.GradientTransformation:
         """Clipping by the norm of what is trained, then Adam."""
-        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-        return optax.chain(clip, scale_by_warm_adam(self.b1, self.b2, self.eps))
+        return optax.chain(self.clipping(), scale_by_warm_adam(self.b1, self.b2, self.eps))
+
+    def clipping(self) -> optax.GradientTransformation:
+        """Clipping by the norm of what is trained."""
+        return optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
 
     def tail(self) -> optax.GradientTransformationExtraArgs:
         """Decoupled decay and the step size; `train` leaves at their own learning rate."""
@@ -214,10 +269,19 @@ class Common:
 
     def adamw(self) -> optax.GradientTransformationExtraArgs:
         """The clients' optimizer over `{path: leaf}`."""
-        return optax.chain(self.clipped_adam(), self.tail())
+        return self.optimizer("adamw")
+
+    def optimizer(
+        self, client: str, *corrections: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """The clients' optimizer: corrections of the gradient, clipping, Adam (or not), decay, step size."""
+        require("client", client, client in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        inner = self.clipped_adam() if client == "adamw" else self.clipping()
+        return optax.chain(*corrections, inner, self.tail())
 
 
-def _require(name: str, value, ok: bool, remedy: str) -> None:
+def require(name: str, value, ok: bool, remedy: str) -> None:
+    """Raises for an option that cannot be used, in one line."""
     if not ok:
         raise ValueError(f"{name}={value!r} is not usable: give {remedy}")
 

@@ -14,37 +14,24 @@ Ledger (m x n kernel, floats per client and round)
 In the in x out layout the paper's A is our `a [m, r]` (random at the start) and its B our `b [r, n]` (zero).
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
+import optax
 
 from fedgalore_jax import tree
-from fedgalore_jax.adapters import lora_factors, merge
-from fedgalore_jax.strategies.base import Common, Download, Strategy, add
+from fedgalore_jax.strategies.base import Common, ServerState, Strategy, add
 from fedgalore_jax.strategies.fedavg import fedavg
-from fedgalore_jax.types import Adapted, Array, Flat, LoRA
+from fedgalore_jax.strategies.lora import fresh_factors, merged, with_adapters
 
 
-class FedITState(NamedTuple):
-    """The server's memory.
-
-    Attributes:
-      trainable: `{path: LoRA}` of adapted kernels, `{path: array}` of plainly trained leaves.
-      frozen: `{path: array}`, the base model.
-      round: int32 scalar.
-    """
-
-    trainable: Flat
-    frozen: Flat
-    round: Array
-
-
-def fedit(common: Common) -> Strategy:
+def fedit(
+    common: Common, tx: optax.GradientTransformationExtraArgs | None = None, *, client: str = "adamw"
+) -> Strategy:
     """Builds FedIT: FedAvg whose trained leaves are LoRA factors.
 
     Args:
       common: options shared by all strategies.
+      tx: the local step of a method that edits this one, in place of `client`.
+      client: the clients' optimizer, "adamw" or "sgd".
 
     Returns:
       A `Strategy`.
@@ -53,35 +40,23 @@ def fedit(common: Common) -> Strategy:
     def init(params, key, num_clients):
         del num_clients
         adapt, train, freeze = common.split(tree.flatten(params))
-        factors = {
-            path: lora_factors(jax.random.fold_in(key, i), kernel.shape, common.rank, kernel.dtype)
-            for i, (path, kernel) in enumerate(adapt.items())
-        }
-        return FedITState(factors | train, freeze | adapt, jnp.zeros((), jnp.int32))
-
-    def broadcast(state):
-        return Download(state.trainable, state.frozen, (), state.round)
+        return ServerState(
+            fresh_factors(adapt, key, common.rank) | train, freeze | adapt, (), jnp.zeros((), jnp.int32)
+        )
 
     def assemble(download, trainable, extra):
         del extra
-
-        def leaf(path, value):
-            if not isinstance(value, LoRA):
-                return value
-            return Adapted(download.frozen[path], value.a, common.lora_scale * value.b)
-
-        adapted = {path: leaf(path, value) for path, value in trainable.items()}
-        return tree.unflatten(download.frozen | adapted)
+        return with_adapters(download.frozen, trainable, common.lora_scale)
 
     def aggregate(state, upload, cohort):
         del cohort
         trainable = add(state.trainable, upload.mean["change"])
-        return FedITState(trainable, state.frozen, state.round + 1), {}
+        return state._replace(trainable=trainable, round=state.round + 1), {}
 
-    def export(state):
-        params = tree.flatten(assemble(broadcast(state), state.trainable, ()))
-        return tree.unflatten({path: merge(leaf) for path, leaf in params.items()})
+    def export(state, client_state=None):
+        del client_state
+        return merged(with_adapters(state.frozen, state.trainable, common.lora_scale))
 
-    return fedavg(common)._replace(
-        init=init, broadcast=broadcast, assemble=assemble, aggregate=aggregate, export=export
+    return fedavg(common, tx, client=client)._replace(
+        init=init, assemble=assemble, aggregate=aggregate, export=export
     )

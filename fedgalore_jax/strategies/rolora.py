@@ -1,0 +1,67 @@
+"""RoLoRA: federated LoRA whose rounds alternate between B and A, so that averaging is exact.
+
+2502.01755 [V2]. The first round trains B: A has no gradient while B is zero. The other factor is the same
+everywhere and stays. Parity is the round's, not a count of each client's own rounds; which factor learns is a
+mask, so one program serves both.
+
+Ledger (m x n kernel, floats per client and round)
+  trained         B in rounds 0, 2, ..., A in rounds 1, 3, ...; train leaves in full
+  frozen          every kernel, the other factor, freeze leaves
+  down            rm or rn, in turn
+  up              rm or rn, in turn
+  kept by client  the other factor
+  re-initialised  both moments, every round [I] (held for both factors, those of one are zero)
+"""
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+from fedgalore_jax.corrections import keep_where
+from fedgalore_jax.strategies.base import Common, Strategy, require
+from fedgalore_jax.strategies.fedit import fedit
+from fedgalore_jax.strategies.lora import factors_of, is_lora
+from fedgalore_jax.types import LoRA
+
+
+def rolora(common: Common, *, client: str = "adamw", b_ratio: float = 1.0) -> Strategy:
+    """Builds RoLoRA.
+
+    Args:
+      common: options shared by all strategies.
+      client: the clients' optimizer, "adamw" or "sgd".
+      b_ratio: learning rate of B as a multiple of A's.
+
+    Returns:
+      A `Strategy`.
+    """
+    require("b_ratio", b_ratio, 0 < b_ratio < math.inf, "a positive, finite number")
+    mask = keep_where("active")
+
+    def faster_b(updates, params):
+        del params
+        return {path: LoRA(u.a, b_ratio * u.b) if is_lora(u) else u for path, u in updates.items()}
+
+    tx = optax.chain(mask, common.optimizer(client), mask, optax.stateless(faster_b))
+    base = fedit(common, tx)
+
+    def start(download, client_state, ops):
+        odd = (download.round % 2).astype(jnp.float32)
+        active = {
+            path: LoRA(odd, 1 - odd) if is_lora(leaf) else jnp.ones(())
+            for path, leaf in download.trainable.items()
+        }
+        return base.start(download, client_state, ops)._replace(extra={"active": active})
+
+    def two_rounds(trainable):
+        """One factor in each, and the plainly trained leaves in both."""
+        factors, rest = factors_of(trainable)
+        return factors, rest, rest
+
+    return base._replace(
+        start=start,
+        wire_down=lambda download: two_rounds(download.trainable),
+        wire_up=lambda upload: two_rounds(upload.mean["change"]),
+        wire_of=2,
+    )

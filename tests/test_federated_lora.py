@@ -1,0 +1,206 @@
+"""Federated LoRA methods that average factors against float64 NumPy, two or three rounds each."""
+
+import jax
+import numpy as np
+import pytest
+from by_hand import (
+    OPTIONS,
+    R,
+    S,
+    T,
+    assert_model,
+    every_client,
+    factors,
+    mean_of,
+    run,
+    start,
+    trained,
+)
+from problem import N, plan, setup
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def test_ffa_lora_trains_b_alone():
+    w, bias, _ = start()
+    _, _, state = setup("ffa_lora", **OPTIONS)
+    a = np.asarray(state.server.extra["layers/kernel"])
+    b = np.zeros((*a.shape[:-2], R, w.shape[-1]))
+    for t in range(2):
+        now = {"a": a, "b": b, "bias": bias}
+        rows = every_client(t, lambda _, x, now=now: trained(w, now, x, learn=("b", "bias")))
+        exact = sum(p * values["a"] @ values["b"] for p, values in rows)
+        b, bias = mean_of(rows, "b"), mean_of(rows, "bias")
+        np.testing.assert_allclose(a @ b, exact, atol=1e-12)
+    got = run("ffa_lora", 2)
+    assert_model(got, w + S * a @ b, bias)
+    np.testing.assert_array_equal(got[2].server.extra["layers/kernel"], a)
+
+
+def test_rolora_alternates_by_the_parity_of_the_round():
+    """Three rounds: B, A, B; the resting factor neither learns nor decays."""
+    w, bias, _ = start()
+    machine, rounds, state = setup("rolora", **OPTIONS)
+    a, b = factors(state)
+    for t in range(3):
+        now = {"a": a, "b": b, "bias": bias}
+        learn = ("ba"[t % 2], "bias")
+        rows = every_client(t, lambda _, x, now=now, learn=learn: trained(w, now, x, learn=learn))
+        a, b, bias = (mean_of(rows, k) for k in ("a", "b", "bias"))
+    for t in range(3):
+        before = factors(state)
+        state, _ = rounds(state, machine.train, plan(range(t, t + 1)), 1)
+        resting = "ab"[t % 2]
+        np.testing.assert_array_equal(factors(state)["ab".index(resting)], before["ab".index(resting)])
+    assert rounds._cache_size() == 1
+    out = machine.strategy.export(state.server)
+    assert_model((out["layers"]["kernel"], out["classifier"]["bias"]), w + S * a @ b, bias)
+
+
+def test_lora_a2_scores_and_masks():
+    """A scoring pass on the round's own batches, then the same steps within the mask, from the start."""
+    w, bias, _ = start()
+    options = {"local_rank": 1, "b_ratio": 3.0}
+    a, b = factors(setup("lora_a2", **options, **OPTIONS)[2])
+    for t in range(3):
+        on = "ba"[t % 2]
+
+        def train(_, batches, a=a, b=b, bias=bias, on=on):
+            now = {"a": a, "b": b, "bias": bias}
+            rate = {"b": 3.0}
+            moved = trained(w, now, batches, learn=(on, "bias"), rate=rate)[on] - now[on]
+            columns, rows = (np.linalg.norm(x, axis=i) for x, i in ((a, -2), (b, -1)))
+            scores = np.linalg.norm(moved, axis=-1 if on == "b" else -2) * (columns if on == "b" else rows)
+            keep = scores >= np.sort(scores.ravel())[-2]  # one for each of two layers, jointly
+            keep = keep[..., None] if on == "b" else keep[..., None, :]
+            return trained(w, now, batches, learn=(on, "bias"), rate=rate, keep={on: keep})
+
+        rows = every_client(t, train)
+        a, b, bias = (mean_of(rows, k) for k in ("a", "b", "bias"))
+    assert_model(run("lora_a2", 3, **options), w + S * a @ b, bias)
+
+
+def test_fedsa_lora_shares_a_and_keeps_b():
+    w, bias, _ = start()
+    machine, _, state = setup("fedsa_lora", **OPTIONS)
+    a = np.asarray(state.server.trainable["layers/kernel"])
+    own = [{"b": np.zeros((*a.shape[:-2], R, w.shape[-1])), "bias": bias} for _ in range(N)]
+    for t in range(2):
+        rows = every_client(t, lambda c, x, a=a, own=own: trained(w, {"a": a} | own[c], x))
+        a, own = mean_of(rows, "a"), [{k: v[k] for k in ("b", "bias")} for _, v in rows]
+    _, _, state = run("fedsa_lora", 2)
+    assert machine.strategy.personal
+    for c in range(N):
+        memory = jax.tree.map(lambda rows, c=c: rows[c], state.clients)
+        out = machine.strategy.export(state.server, memory)
+        assert_model(
+            (out["layers"]["kernel"], out["classifier"]["bias"]), w + S * a @ own[c]["b"], own[c]["bias"]
+        )
+    np.testing.assert_array_equal(machine.strategy.export(state.server)["layers"]["kernel"], w)
+
+
+def test_hetlora_pads_weighs_by_norm_and_shrinks():
+    options = {"gamma": 0.7, "lam": 300.0, "ranks": (3, 2)}
+    w, bias, _ = start()
+    _, _, state = setup("hetlora", **options, **OPTIONS)
+    a, b = factors(state)
+    rank = [options["ranks"][c % 2] for c in range(N)]
+
+    def tails(values, r):
+        j = int(np.floor(0.7 * r))
+        a, b = values["a"][..., j:r], values["b"][..., j:r, :]
+        return j, [np.sqrt((x**2).sum((-2, -1), keepdims=True) + 1e-12) for x in (a, b)]
+
+    for t in range(3):
+
+        def train(c, batches, a=a, b=b, bias=bias):
+            r = rank[c]
+            received = {"a": a[..., :r], "b": b[..., :r, :], "bias": bias}
+
+            def penalty(values):
+                j, (na, nb) = tails(values, r)
+                ga, gb = np.zeros_like(values["a"]), np.zeros_like(values["b"])
+                ga[..., j:r] = options["lam"] * nb / na * values["a"][..., j:r]
+                gb[..., j:r, :] = options["lam"] * na / nb * values["b"][..., j:r, :]
+                return {"a": ga, "b": gb}
+
+            out = trained(w, received, batches, more=penalty)
+            after, before = (np.multiply(*tails(v, r)[1]).sum() for v in (out, received))
+            if after < before:
+                rank[c] = max(1, int(np.floor(0.7 * r)))
+            return out | {"a": out["a"][..., : rank[c]], "b": out["b"][..., : rank[c], :]}
+
+        rows = every_client(t, train)
+        norms = [np.linalg.norm(v["a"] @ v["b"], axis=(-2, -1), keepdims=True) for _, v in rows]
+        a, b = np.zeros_like(a), np.zeros_like(b)
+        for (_, v), q in zip(rows, norms / sum(norms), strict=True):
+            k = v["a"].shape[-1]
+            a[..., :k] += q * v["a"]
+            b[..., :k, :] += q * v["b"]
+        bias = mean_of(rows, "bias")
+    got = run("hetlora", 3, **options)
+    shrank = rank != [options["ranks"][c % 2] for c in range(N)]
+    assert shrank and got[2].clients["rank"].tolist() == rank
+    assert_model(got, w + S * a @ b, bias)
+
+
+def fedit_round(w, a, b, bias, t):
+    now = {"a": a, "b": b, "bias": bias}
+    rows = every_client(t, lambda _, x: trained(w, now, x))
+    exact = sum(p * values["a"] @ values["b"] for p, values in rows)
+    return exact, *(mean_of(rows, k) for k in ("a", "b", "bias"))
+
+
+def test_lora_fair_descends_the_cosine():
+    w, bias, _ = start()
+    (a, b), lam = factors(setup("lora_fair", **OPTIONS)[2]), 0.01
+    for t in range(2):
+        target, a, b, bias = fedit_round(w, a, b, bias, t)
+        db = np.zeros_like(b)
+        size = np.linalg.norm(target, axis=(-2, -1), keepdims=True)
+        before = (
+            1
+            - (target * (a @ b)).sum((-2, -1))
+            / (size * np.linalg.norm(a @ b, axis=(-2, -1), keepdims=True))[..., 0, 0]
+        )
+        for _ in range(200):  # the gradient on dense matrices
+            now = a @ (b + db)
+            own = np.linalg.norm(now, axis=(-2, -1), keepdims=True)
+            dot = (target * now).sum((-2, -1), keepdims=True)
+            d_now = -target / (size * own) + dot * now / (size * own**3)
+            db = db - 0.1 * (T(a) @ d_now + 2 * lam * db)
+        after = 1 - (target * now).sum((-2, -1)) / (size * own)[..., 0, 0]
+        assert (after < before).all()
+        b = b + db
+    got = run("lora_fair", 2)
+    np.testing.assert_allclose(got[0], w + S * a @ b, atol=1e-6)  # eps under the root
+    np.testing.assert_allclose(got[1], bias, atol=1e-6)
+
+
+def test_lora_fair_ls_solves_the_ridge_problem():
+    w, bias, _ = start()
+    (a, b), lam = factors(setup("lora_fair", **OPTIONS)[2]), 0.01
+    for t in range(2):
+        target, a, b, bias = fedit_round(w, a, b, bias, t)
+        normal = T(a) @ a + lam * np.eye(R)
+        b = b + np.linalg.solve(normal, T(a) @ (target - a @ b))
+    assert_model(run("lora_fair", 2, solver="ls"), w + S * a @ b, bias)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fedit", {"ranks": (1, 3)}, "fedit has one rank for all"),
+        ("flora", {"ranks": (1, 2)}, r"ranks=\(1, 2\) is not usable: give a largest rank of 3"),
+        ("flora", {"ranks": (0, 3)}, "integers >= 1"),
+        ("hetlora", {"gamma": 1.0}, "gamma=1.0"),
+        ("hetlora", {"min_rank": 4}, "min_rank=4"),
+        ("lora_fair", {"solver": "svd"}, "solver='svd'"),
+        ("lora_fair", {"lam": 0.0}, "lam=0.0"),
+        ("rolora", {"b_ratio": 0.0}, "b_ratio=0.0"),
+        ("lora_a2", {"local_rank": 3}, "local_rank=3"),
+    ],
+)
+def test_unusable_options_are_named(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        setup(method, **options)
