@@ -4,7 +4,9 @@ The base product stays un-batched when `vmap` maps over clients' factors only (d
 adapter is never merged into its kernel inside a client; `merge` is for the server and for export.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,27 +15,37 @@ import jax.numpy as jnp
 from fedgalore_jax.types import Adapted, Array, LoRA, LowRank
 
 
-def matmul(x: Array, kernel: Array | Adapted, dtype: Any = None) -> Array:
-    """`x @ kernel` where the kernel may be adapted.
+def matmuls(x: Array, kernels: Sequence[Array | Adapted], dtype: Any = None) -> list[Array]:
+    """`x @ kernel` for kernels that may be adapted and read the same `x`.
+
+    Their first factors go together: a product with few columns is spent on reading `x`, so one for query,
+    key and value takes a third of the time of three.
 
     Args:
       x: `[..., m]`.
-      kernel: `[m, n]`, or an `Adapted` of that shape without stack axes. Cast to `x.dtype`.
+      kernels: each `[m, n]`, or an `Adapted` of that shape without stack axes. Cast to `x.dtype`.
       dtype: products are summed in it; None is `x.dtype`.
 
     Returns:
-      `[..., n]` in `dtype`.
+      `[..., n]` in `dtype` for each kernel.
     """
 
     def product(x, kernel):
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
-    if not isinstance(kernel, Adapted):
-        return product(x, kernel)
-    y = product(x, kernel.base)
-    if kernel.shrink is not None:
-        y = y * kernel.shrink.astype(y.dtype)
-    return y + product(x @ kernel.a.astype(x.dtype), kernel.b)
+    def one(kernel, thin):
+        if not isinstance(kernel, Adapted):
+            return product(x, kernel)
+        y = product(x, kernel.base)
+        if kernel.shrink is not None:
+            y = y * kernel.shrink.astype(y.dtype)
+        return y + product(thin, kernel.b)
+
+    adapted = {i: kernel.a.astype(x.dtype) for i, kernel in enumerate(kernels) if isinstance(kernel, Adapted)}
+    ends = list(itertools.accumulate(a.shape[-1] for a in adapted.values()))
+    thin = jnp.split(x @ jnp.concatenate([*adapted.values()], -1), ends[:-1], -1) if adapted else []
+    thins = dict(zip(adapted, thin, strict=True))
+    return [one(kernel, thins.get(i)) for i, kernel in enumerate(kernels)]
 
 
 def merge(kernel: Array | Adapted | LowRank) -> Array:

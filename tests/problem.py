@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgalore_jax import engine
-from fedgalore_jax.adapters import matmul
+from fedgalore_jax.adapters import matmuls
 from fedgalore_jax.data import FederatedData
 from fedgalore_jax.strategies import build
 
@@ -45,7 +45,7 @@ def federation(seed=3):
 def apply(params, inputs, *, key=None):
     kernel, x = params["layers"]["kernel"], inputs["x"]
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(L)]
-    out = sum(matmul(x, layer) for layer in layers)
+    out = sum(matmuls(x, layers))
     bias = params["classifier"]["bias"] + params["embeddings"]["shift"]
     return out + bias[None]
 

@@ -59,11 +59,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, dtype: Any = None) -> Array:
         """`[..., m]` to `[..., n]`, in `dtype` or that of `x`."""
-        # One token axis: a kernel's gradient under vmap then contracts a single axis, which saves
-        # XLA's CPU backend a transposed copy (a quarter of a whole local step of a small ViT).
-        y = adapters.matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value(), dtype)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return y if self.bias is None else y + _along(self.bias.get_value(), y)
+        return together(x, self, dtype=dtype)[0]
+
+
+def together(x: Array, *linears: Linear, dtype: Any = None) -> list[Array]:
+    """What each of several `Linear`s makes of the same `x`, with the thin products of adapters shared."""
+    # One token axis: a kernel's gradient under vmap then contracts a single axis, which saves
+    # XLA's CPU backend a transposed copy (a quarter of a whole local step of a small ViT).
+    kernels = [linear.kernel.get_value() for linear in linears]
+    products = adapters.matmuls(x.reshape(-1, x.shape[-1]), kernels, dtype)
+    products = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in products]
+    return [
+        y if linear.bias is None else y + _along(linear.bias.get_value(), y)
+        for y, linear in zip(products, linears, strict=True)
+    ]
 
 
 class LayerNorm(nnx.Module):
@@ -172,5 +181,5 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, mask: Array | None = None, *, key: Array | None = None) -> Array:
         """`[B, L, D]` to the same shape; `mask [B, L]` is False for padding."""
         heads = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (p(x).reshape(heads) for p in (self.query, self.key, self.value))
+        q, k, v = (y.reshape(heads) for y in together(x, self.query, self.key, self.value))
         return self.output(attend(q, k, v, mask=mask, rate=self.rate, key=key).reshape(x.shape))

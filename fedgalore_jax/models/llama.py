@@ -21,7 +21,7 @@ from flax import nnx
 
 from fedgalore_jax.models import functional
 from fedgalore_jax.models.functional import KEEP, TRANSPOSE, Cache, Decoder, ModelFns, Transform
-from fedgalore_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, attend, normal
+from fedgalore_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, attend, normal, together
 from fedgalore_jax.types import Array, Batch, Params
 
 PREFIX = "model."
@@ -198,7 +198,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """`[B, L, D]` to the same shape, and the new keys and values `[B, L, K, d]`."""
         heads = (*x.shape[:-1], -1, self.config.head_dim)
-        q, k, v = (p(x).reshape(heads) for p in (self.query, self.key, self.value))
+        q, k, v = (y.reshape(heads) for y in together(x, self.query, self.key, self.value))
         q, k = rotate(q, angles), rotate(k, angles)
         keys, values = k, v
         if past is not None:
@@ -222,7 +222,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[B, L, D]` to the same shape."""
-        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))
+        gate, up = together(x, self.gate, self.up)
+        return self.down(ACTIVATIONS[self.act](gate) * up)
 
 
 class Layer(nnx.Module):
