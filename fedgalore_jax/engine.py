@@ -1,16 +1,14 @@
-"""Rounds: broadcast, vmapped local training in chunks, reduction, aggregation; and evaluation.
+"""Rounds: broadcast, vmapped local training in chunks, reduction, aggregation.
 
 The engine knows no strategy by name. Rounds up to the next evaluation are one compiled call with a traced
 trip count: the same program runs one round or fifty.
 """
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedgalore_jax import tree
 from fedgalore_jax.client import Loss, local_train
@@ -71,7 +69,6 @@ class Engine(NamedTuple):
     Attributes:
       strategy: the algorithm.
       loss: of the model, `(params, batch, key) -> scalar`.
-      apply: of the model, `(params, inputs) -> logits`.
       train: the training set, on the device.
       num_clients: N.
       steps: K.
@@ -80,19 +77,15 @@ class Engine(NamedTuple):
 
     strategy: Strategy
     loss: Loss
-    apply: Callable[[Params, Batch], Array]
     train: Batch
     num_clients: int
     steps: int
     chunk: int
 
-    def programs(self) -> tuple[Any, Any]:
-        """The two programs of a run, jitted.
+    def rounds(self) -> Any:
+        """The program of a run, jitted: `rounds(state, train, plan, count) -> (state, metrics)`.
 
-        Returns:
-          `rounds(state, train, plan, count) -> (state, metrics)`, which runs the first `count` rounds of
-          the plan; metrics are rows `[R, ...]`, meaningful up to `count`. And
-          `logits(server, inputs) -> [n, ...]` of the exported model, for inputs `[batches, B, ...]`.
+        It runs the first `count` rounds of the plan; metrics are rows `[R, ...]`, meaningful up to `count`.
         """
 
         def rounds(state: RunState, train: Batch, plan: Plan, count: Array):
@@ -109,11 +102,7 @@ class Engine(NamedTuple):
             empty = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, count, body, (state, empty))
 
-        def logits(server, inputs):
-            params = self.strategy.export(server)
-            return jax.lax.map(partial(self.apply, params), inputs)
-
-        return jax.jit(rounds), jax.jit(logits)
+        return jax.jit(rounds)
 
     def round(self, state: RunState, train: Batch, plan: Plan) -> tuple[RunState, dict[str, Array]]:
         """One round; `plan` has no round axis."""
@@ -205,16 +194,6 @@ class Engine(NamedTuple):
         down, up, optimizer, memory, missed = map(tree.nbytes, jax.eval_shape(one, state, self.train, plan))
         down, up = down // strategy.wire_of, up // strategy.wire_of
         return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
-
-
-def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with the first samples."""
-
-    def cut(x):
-        batches = -(-len(x) // batch_size)
-        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(batches, batch_size, *x.shape[1:])
-
-    return {name: cut(x) for name, x in inputs.items()}
 
 
 def on_device(split: Split) -> Batch:

@@ -70,7 +70,6 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     machine = engine.Engine(
         strategy,
         lambda params, batch, key: task.loss(fns.apply(params, batch, key=key), batch),
-        fns.apply,
         engine.on_device(dataset.train),
         config.clients,
         config.local_steps,
@@ -78,7 +77,7 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     )
     state = jax.eval_shape(lambda: start(config, machine, params))
     rows = plan(config, machine, federation, range(block_size(config)))
-    program = machine.programs()[0].lower(state, machine.train, rows, 1)
+    program = machine.rounds().lower(state, machine.train, rows, 1)
     wire = machine.wire(state, rows)
     return Prepared(config, task, dataset, federation, fns, params, machine, program, wire)
 

@@ -66,9 +66,9 @@ def setup(method, *, dtype=np.float32, chunk=N, steps=K, **options):
     """An engine, its compiled rounds and the first state."""
     strategy = build(method, **(OPTIONS | options))
     train = {name: jnp.asarray(x) for name, x in samples(dtype).items()}
-    machine = engine.Engine(strategy, loss, apply, train, N, steps, chunk)
+    machine = engine.Engine(strategy, loss, train, N, steps, chunk)
     state = engine.init(strategy, params(dtype), jax.random.key(0), N)
-    return machine, machine.programs()[0], state
+    return machine, machine.rounds(), state
 
 
 def plan(rounds, cohort=N, chunk=1, steps=K):

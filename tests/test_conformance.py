@@ -311,7 +311,7 @@ def test_a_client_remembers_and_others_do_not():
     machine = machine._replace(strategy=remembering)
     state = engine.init(remembering, params(), jax.random.key(0), N)
     rows = plan(range(2), cohort=3, chunk=2)
-    state, _ = machine.programs()[0](state, machine.train, rows, 2)
+    state, _ = machine.rounds()(state, machine.train, rows, 2)
     chosen = [set(rows.ids[t].tolist()) - {N} for t in range(2)]
     want = [sum(client in c for c in chosen) for client in range(N)]
     assert state.clients["seen"].tolist() == want and 0 in want

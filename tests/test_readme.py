@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from problem import OPTIONS, K, N, apply, loss, params, plan, samples
+from problem import OPTIONS, K, N, loss, params, plan, samples
 
 from experiments import flags as our_flags
 from fedgalore_jax import engine, strategies
@@ -26,14 +26,14 @@ def test_a_new_method_is_as_short_as_it_says():
     for beta in (0.0, 0.9):
         strategy = names["fedavgm"](common, beta=beta)
         train = {name: jnp.asarray(x) for name, x in samples().items()}
-        machine = engine.Engine(strategy, loss, apply, train, N, K, N)
+        machine = engine.Engine(strategy, loss, train, N, K, N)
         state = engine.init(strategy, params(), jax.random.key(0), N)
-        state, _ = machine.programs()[0](state, train, plan(range(2)), 2)
+        state, _ = machine.rounds()(state, train, plan(range(2)), 2)
         out[beta] = strategy.export(state.server)["layers"]["kernel"]
     plain = strategies.build("fedavg", **OPTIONS)
     state = engine.init(plain, params(), jax.random.key(0), N)
     machine = machine._replace(strategy=plain)
-    state, _ = machine.programs()[0](state, train, plan(range(2)), 2)
+    state, _ = machine.rounds()(state, train, plan(range(2)), 2)
     np.testing.assert_allclose(out[0.0], plain.export(state.server)["layers"]["kernel"], atol=1e-6)
     assert np.abs(out[0.9] - out[0.0]).max() > 1e-2
 

@@ -60,7 +60,6 @@ def serve(shape: str, variant: str, steps: int) -> None:
     machine = engine.Engine(
         strategies.build(method, lr=1e-3, rank=RANK, **options),
         lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
-        fns.apply,
         engine.on_device(train),
         CLIENTS,
         steps,
@@ -70,7 +69,7 @@ def serve(shape: str, variant: str, steps: int) -> None:
     parts = np.split(np.arange(len(pixels)), CLIENTS)
     plan = FederatedData(parts, 0).plan(range(1), CLIENTS, steps, BATCH)
     began = time.perf_counter()
-    rounds = machine.programs()[0].lower(state, machine.train, plan, 1).compile()
+    rounds = machine.rounds().lower(state, machine.train, plan, 1).compile()
     compiled = time.perf_counter() - began
     jax.block_until_ready(rounds(state, machine.train, plan, 1))
     print(json.dumps([compiled, rounds.memory_analysis().temp_size_in_bytes / 1e6]), flush=True)
