@@ -24,23 +24,28 @@ def compare(out: pathlib.Path, results: list[Result]) -> None:
     """Prints the comparison, best first, and writes `summary.json` and `curves.png` into `out`."""
     metric = results[0].summary["metric"]
     results = sorted(results, key=lambda r: -r.summary["final"][metric])
-    rows = [("method", metric, "up/client", "down/client", "optimizer", "s/round")]
+    titles = ("up", "down", "catch-up", "optimizer", "memory", "gradients/step", "s/round")
+    rows = [("method", metric, *titles)]
     for summary in (result.summary for result in results):
         wire = summary["bytes_per_client_and_round"]
-        sizes = (wire["up"], wire["down"], summary["optimizer_bytes"])
+        held = (summary["optimizer_bytes"], summary["client_memory_bytes"])
+        sizes = (wire["up"], wire["down"], summary["catch_up_bytes_per_missed_round"], *held)
         rows.append(
             (
-                summary["method"],
+                summary["method"] + " *" * summary["personal"],
                 f"{summary['final'][metric]:.4f}",
                 *map(human, sizes),
+                f"{summary['gradients_per_step']:g}",
                 f"{summary['seconds_per_round']:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(f"\nTest {metric}; bytes of one client, up and down per round:")
+    print(f"\nTest {metric}; bytes of one client: up and down each round, for each round missed, held:")
     for row in rows:
         cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
         print("  ".join([row[0].ljust(widths[0]), *cells]))
+    if any(result.summary["personal"] for result in results):
+        print("* a model per client, each judged on its own share of the test split")
     write_json(out / "summary.json", {r.summary["method"]: r.summary for r in results})
     curves(out, results)
 

@@ -61,33 +61,51 @@ def evaluator(task: Task, fns: models.ModelFns, export: Callable[[Any], Params] 
 
 
 def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with the first samples."""
+    """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with samples from the start."""
 
     def cut(x):
-        size = min(batch_size, len(x))
-        batches = -(-len(x) // size)
-        return np.resize(x, (batches * size, *x.shape[1:])).reshape(batches, size, *x.shape[1:])
+        batches = -(-len(x) // batch_size)
+        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(batches, batch_size, *x.shape[1:])
 
     return {name: cut(x) for name, x in inputs.items()}
 
 
+def personal_metrics(
+    evaluator: Evaluator, server: Any, clients: Any, split: Split, owners: np.ndarray
+) -> dict[str, float]:
+    """The task's metrics where every sample is answered by its own client's model.
+
+    Args:
+      evaluator: called with `(server, memory of one client)`.
+      server: the strategy's state.
+      clients: all clients' memories, rows `[N, ...]`.
+      split: what is asked.
+      owners: `[n]`, whose each sample is.
+    """
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for client in np.unique(owners):
+        rows = np.flatnonzero(owners == client)
+        memory = jax.tree.map(lambda x, client=client: x[client], clients)
+        found.append((rows, evaluator.outputs((server, memory), split.take(rows))))
+    rows, outputs = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return evaluator.task.metrics(outputs[np.argsort(rows)], split.labels)
+
+
 def test_metrics(
-    evaluator: Evaluator, state: Any, dataset: Dataset, fns: models.ModelFns, params: Params
+    measure: Callable[[Split], dict[str, float]], answer: Callable[[Generation], list[str]], dataset: Dataset
 ) -> dict[str, float]:
     """Everything a data set tests: its test split, further ones by name, and generated answers.
 
     Args:
-      evaluator: of the task.
-      state: what the evaluator is called with.
+      measure: a model's metrics on a split.
+      answer: the model's answers.
       dataset: whose tests are meant.
-      fns, params: the model, for generation.
     """
-    scores = evaluator.metrics(state, dataset.test)
+    scores = measure(dataset.test)
     for name, split in dataset.more_tests.items():
-        scores |= {f"{name}/{key}": value for key, value in evaluator.metrics(state, split).items()}
+        scores |= {f"{name}/{key}": value for key, value in measure(split).items()}
     if dataset.generation:
-        texts = generated(fns, params, dataset.generation)
-        scores |= dataset.generation.score(texts, dataset.generation.references)
+        scores |= dataset.generation.score(answer(dataset.generation), dataset.generation.references)
     return scores
 
 

@@ -66,6 +66,8 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     strategy = strategy_of(config, task)
     dataset = load_data(config, task) if dataset is None else dataset
     federation = federate(config, dataset)
+    if strategy.personal and (dataset.num_labels < 2 or dataset.train.labels.ndim > 1):
+        raise ValueError(f"{config.method} has a model per client, which needs a task with classes")
     fns, params = load_model(config, task, dataset) if model is None else model
     machine = engine.Engine(
         strategy,

@@ -22,7 +22,12 @@ def evaluate(config: Config) -> dict[str, float]:
     task = tasks.get(config.task)
     dataset = load_data(config, task)
     fns, params = _as_saved(config, task, dataset.num_labels)
-    return test_metrics(evaluator(task, fns), params, dataset, fns, params)
+    asked = evaluator(task, fns)
+    return test_metrics(
+        lambda split: asked.metrics(params, split),
+        lambda generation: generated(fns, params, generation),
+        dataset,
+    )
 
 
 def predict(config: Config, file: str) -> Iterator[dict[str, Any]]:

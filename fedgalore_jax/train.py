@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import models
+from fedgalore_jax import engine, models
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset
-from fedgalore_jax.evaluation import evaluator, test_metrics
+from fedgalore_jax.data import Dataset, Split
+from fedgalore_jax.data.federated import OWNERS
+from fedgalore_jax.data.partition import owners
+from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
 from fedgalore_jax.folder import append_line, claim, write_json
 from fedgalore_jax.prepare import BLOCK, Model, Prepared, describe, plan, prepare, start
 from fedgalore_jax.progress import Progress, human
@@ -70,11 +72,17 @@ def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result
         write_json(out / "config.json", dataclasses.asdict(config))
     say(describe(prepared))
     loop = _Loop(prepared, out)
-    server, history = loop.run()
-    params = prepared.machine.strategy.export(server)
-    summary = loop.summary(server, params, history)
+    state, history = loop.run()
+    export = prepared.machine.strategy.export
+    params = export(state.server)
+    summary = loop.summary(state, params, history)
     if out:
-        models.save(out / "model", prepared.fns, params)
+        if summary["personal"]:
+            for client in range(config.clients):
+                own = export(state.server, jax.tree.map(lambda x, client=client: x[client], state.clients))
+                models.save(out / "models" / f"client-{client}", prepared.fns, own)
+        else:
+            models.save(out / "model", prepared.fns, params)
         write_json(out / "summary.json", summary)
     return Result(params, history, summary)
 
@@ -91,12 +99,15 @@ class _Loop:
 
     def __init__(self, prepared: Prepared, out: pathlib.Path | None):
         self.prepared, self.config, self.out = prepared, prepared.config, out
-        self.evaluator = evaluator(prepared.task, prepared.fns, prepared.machine.strategy.export)
+        strategy = prepared.machine.strategy
+        self.personal = strategy.personal
+        export = (lambda state: strategy.export(*state)) if self.personal else strategy.export
+        self.evaluator = evaluator(prepared.task, prepared.fns, export)
         self.metric = prepared.task.metric
         self.best: Any = None
 
-    def run(self) -> tuple[Any, list[dict[str, Any]]]:
-        """All rounds; the server's state to keep and the history.
+    def run(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
+        """All rounds; the state to keep and the history.
 
         Block t - 1 is read, evaluated and written while block t computes.
         """
@@ -105,7 +116,7 @@ class _Loop:
         progress = Progress(config.rounds)
         try:
             state = start(config, machine, self.prepared.params)
-            record = {"round": 0} | self.evaluator.metrics(state.server, self.prepared.dataset.validation)
+            record = {"round": 0} | self.measure(state, self.prepared.dataset.validation)
             self.write(record, history)
             progress.show(0, f"{self.metric} {record[self.metric]:.3f}  compiling")
             rounds_of = self.prepared.program.compile()
@@ -115,12 +126,12 @@ class _Loop:
                 state, metrics = rounds_of(state, machine.train, rows, len(rounds))
                 if pending is not None:
                     began = self.read(*pending, began, history, progress)
-                pending = (rounds, metrics, state.server)
+                pending = (rounds, metrics, state)
             if pending is not None:
                 self.read(*pending, began, history, progress)
         finally:
             progress.close()
-        return self.best if config.keep == "best" else state.server, history
+        return self.best if config.keep == "best" else state, history
 
     def blocks(self) -> Iterator[range]:
         """Consecutive rounds that run in one call: up to the next evaluation, `BLOCK` at most."""
@@ -130,7 +141,7 @@ class _Loop:
             yield range(t, stop)
             t = stop
 
-    def read(self, rounds: range, metrics, server, began: float, history, progress) -> float:
+    def read(self, rounds: range, metrics, state, began: float, history, progress) -> float:
         """Waits for a block, evaluates after it where that is due, and writes its lines."""
         metrics = jax.device_get(metrics)
         now, wire = time.perf_counter(), self.prepared.wire
@@ -138,9 +149,9 @@ class _Loop:
             record: dict[str, Any] = {"round": t + 1}
             record |= {name: value[i].tolist() for name, value in metrics.items()}
             if t + 1 == rounds.stop and self.due(t + 1):
-                record |= self.evaluator.metrics(server, self.prepared.dataset.validation)
+                record |= self.measure(state, self.prepared.dataset.validation)
                 if self.config.keep == "best" and record[self.metric] > self.reached(history):
-                    self.best = server
+                    self.best = state
             if wild := [name for name in ("train_loss", "loss") if not np.isfinite(record.get(name, 0))]:
                 raise FloatingPointError(
                     f"{wild[0]} is {record[wild[0]]} in round {t + 1}: lower --lr, or set --clip"
@@ -161,19 +172,32 @@ class _Loop:
         """The best validation metric of the trained rounds so far."""
         return max((h[self.metric] for h in history[1:] if self.metric in h), default=-np.inf)
 
+    def measure(self, state: engine.RunState, split: Split) -> dict[str, float]:
+        """The task's metrics on a split: of the global model, or of each client's own on its share."""
+        if not self.personal:
+            return self.evaluator.metrics(state.server, split)
+        parts, classes = self.prepared.federation.parts, self.prepared.dataset.classes
+        rng = np.random.default_rng([self.config.seed, OWNERS])
+        whose = owners(split.labels, parts, classes, rng)
+        return personal_metrics(self.evaluator, state.server, state.clients, split, whose)
+
     def write(self, record: dict[str, Any], history: list) -> None:
         """Keeps a record, and appends its line."""
         history.append(record)
         if self.out:
             append_line(self.out / "metrics.jsonl", record)
 
-    def summary(self, server: Any, params: Params, history: list) -> dict[str, Any]:
+    def summary(self, state: engine.RunState, params: Params, history: list) -> dict[str, Any]:
         """Totals, and the test split's one use."""
         judged = [record for record in history if self.metric in record]
         best = max(judged, key=lambda record: record[self.metric])
         config, wire = self.config, self.prepared.wire
         fns = self.prepared.fns
-        final = test_metrics(self.evaluator, server, self.prepared.dataset, fns, params)
+        final = test_metrics(
+            lambda split: self.measure(state, split),
+            lambda generation: generated(fns, params, generation),
+            self.prepared.dataset,
+        )
         return {
             "method": config.method,
             "metric": self.metric,
@@ -181,11 +205,14 @@ class _Loop:
             "validation": {"final": judged[-1][self.metric], "initial": judged[0][self.metric]},
             "best": {"round": best["round"], self.metric: best[self.metric]},
             "kept": config.keep,
+            "personal": self.personal,
             "rounds": config.rounds,
             "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
             "bytes_total": config.rounds * config.participants * (wire.up + wire.down),
             "optimizer_bytes": wire.optimizer,
             "client_memory_bytes": wire.memory,
+            "catch_up_bytes_per_missed_round": wire.catch_up,
+            "gradients_per_step": wire.gradients,
             "seconds_per_round": float(np.median([record["seconds"] for record in history[1:]])),
             "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
             "versions": {"python": platform.python_version()}

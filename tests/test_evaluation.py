@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from test_launch import SMALL, launch, lines
 
-from fedgalore_jax import models, tasks, train
+from fedgalore_jax import models, prepare, tasks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Split
+from fedgalore_jax.data.federated import OWNERS
+from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, in_batches
 
 SHAPE = {"rounds": 4, "local_steps": 2, "clients": 4, "rank": 2, "method": "fedit"}
@@ -39,10 +41,10 @@ def test_outputs_come_back_in_order_whatever_the_buckets():
     assert len({shape[1] for shape in seen}) > 2 and max(shape[0] for shape in seen) <= 4
 
 
-def test_batches_hold_every_sample_and_none_is_larger_than_the_split():
+def test_batches_hold_every_sample_in_one_shape():
     cut = in_batches({"x": np.arange(10)}, 4)["x"]
     assert cut.shape == (3, 4) and cut.reshape(-1)[:10].tolist() == list(range(10))
-    assert in_batches({"x": np.arange(3)}, 256)["x"].shape == (1, 3)
+    assert in_batches({"x": np.arange(3)}, 4)["x"].tolist() == [[0, 1, 2, 0]]
 
 
 def test_the_best_model_on_validation_is_kept():
@@ -83,3 +85,30 @@ def test_bad_questions_are_one_line(args, message, capsys):
         launch(*args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_personal_models_answer_for_their_own_clients(tmp_path):
+    """The run's pooled accuracy, again from the saved models of all clients and whose sample is whose."""
+    config = Config(**(SHAPE | {"method": "fedsa_lora", "rounds": 2, "out_dir": str(tmp_path / "out")}))
+    prepared = prepare.prepare(config)
+    result = train.execute(prepared, say=lambda line: None)
+    test, dataset = prepared.dataset.test, prepared.dataset
+    rng = np.random.default_rng([config.seed, OWNERS])
+    whose = owners(test.labels, prepared.federation.parts, dataset.classes, rng)
+    right = 0
+    for client in range(config.clients):
+        fns, params = models.load(tmp_path / "out" / "models" / f"client-{client}")
+        split = test.take(np.flatnonzero(whose == client))
+        outputs = evaluator(prepared.task, fns).outputs(params, split)
+        right += (outputs.argmax(1) == split.labels).sum()
+    assert result.summary["personal"] and not (tmp_path / "out" / "model").exists()
+    assert right / len(test.labels) == result.summary["final"]["accuracy"] > 0.3
+
+
+def test_owners_follow_the_classes_of_their_clients():
+    classes = np.repeat([0, 1, 2], 100)
+    parts = [np.r_[0:100, 200:225], np.r_[100:200, 225:300]]
+    labels = np.tile([0, 1, 2], 400)
+    whose = owners(labels, parts, classes, np.random.default_rng(0))
+    assert (whose[labels == 0] == 0).all() and (whose[labels == 1] == 1).all()
+    assert 0.7 < whose[labels == 2].mean() < 0.8

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PARTITION, COHORT, BATCHES = range(3)
+PARTITION, COHORT, BATCHES, OWNERS = range(4)
 """Purposes, so that no two choices share a stream."""
 
 

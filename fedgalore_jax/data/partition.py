@@ -146,6 +146,30 @@ def counts(parts: Sequence[np.ndarray], keys: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(keys[part], minlength=width) for part in parts])
 
 
+def owners(
+    labels: np.ndarray, parts: Sequence[np.ndarray], classes: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Deals samples of another split to clients as training data were dealt, for models of their own.
+
+    Args:
+      labels: `[n]` classes of the split.
+      parts: the clients' training samples.
+      classes: `[n_train]`.
+      rng: the source of randomness.
+
+    Returns:
+      `[n]` clients; a sample goes to a client with a chance in proportion to its training samples of that
+      class.
+    """
+    by_class = counts(parts, classes).astype(float)
+    share = by_class / np.maximum(by_class.sum(0), 1)
+    chosen = np.empty(len(labels), int)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen[rows] = rng.choice(len(parts), len(rows), p=share[:, label])
+    return chosen
+
+
 def table(
     parts: Sequence[np.ndarray],
     classes: np.ndarray,
