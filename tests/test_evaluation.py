@@ -89,7 +89,7 @@ def test_bad_questions_are_one_line(args, message, capsys):
 
 def test_personal_models_answer_for_their_own_clients(tmp_path):
     """The run's pooled accuracy, again from the saved models of all clients and whose sample is whose."""
-    config = Config(**(SHAPE | {"method": "fedsa_lora", "rounds": 2, "out_dir": str(tmp_path / "out")}))
+    config = Config(**(SHAPE | {"method": "fedsa_lora", "lr": 3e-3, "rounds": 2, "out_dir": str(tmp_path / "out")}))
     prepared = prepare.prepare(config)
     result = train.execute(prepared, say=lambda line: None)
     test, dataset = prepared.dataset.test, prepared.dataset
