@@ -1,0 +1,46 @@
+"""Products with adapted kernels: what they equal, and what they cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedgalore_jax.adapters import matmuls, merge
+from fedgalore_jax.types import Adapted
+
+m, n = 7, 5
+
+
+def kernels():
+    """A plain kernel between adapted ones of different ranks, one of which decays."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return [
+        Adapted(draw(m, n), draw(m, 2), draw(2, n)),
+        draw(m, n),
+        Adapted(draw(m, n), draw(m, 3), draw(3, n), jnp.float32(0.9)),
+        Adapted(draw(m, n), draw(m, 1), draw(1, n)),
+    ], draw(4, m)
+
+
+def test_each_product_is_that_of_the_merged_kernel():
+    some, x = kernels()
+    for y, kernel in zip(matmuls(x, some), some, strict=True):
+        np.testing.assert_allclose(y, x @ merge(kernel), rtol=1e-5, atol=1e-5)
+    assert matmuls(x, []) == []
+
+
+def test_first_factors_read_x_once():
+    """Four bases, one thin product for all three adapters, three second factors."""
+    some, x = kernels()
+    program = str(jax.make_jaxpr(lambda x: matmuls(x, some))(x))
+    assert program.count("dot_general") == 4 + 1 + 3
+
+
+def test_sums_may_be_wider_than_what_is_summed():
+    some, x = kernels()
+    narrow = matmuls(x.astype(jnp.bfloat16), some, jnp.float32)
+    assert all(y.dtype == jnp.float32 for y in narrow)
+    assert all(y.dtype == jnp.bfloat16 for y in matmuls(x.astype(jnp.bfloat16), some))
