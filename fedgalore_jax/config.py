@@ -51,6 +51,7 @@ class Config:
       sigma: of the log-normal client sizes in the "quantity" partition.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
       eval_every: rounds between evaluations on the validation split.
+      eval_samples: at most so many samples of each validation and test split, the first ones; all if None.
       keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
       seed: of every random choice.
       out_dir: where the run is written; nothing is written if None.
@@ -90,6 +91,7 @@ class Config:
     sigma: float = 1.0
     chunk: int | None = None
     eval_every: int = 1
+    eval_samples: int | None = None
     keep: str = "last"
     seed: int = 0
     out_dir: str | None = None
@@ -98,7 +100,7 @@ class Config:
         """Refuses what cannot run, before anything is loaded or compiled."""
         for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("cohort", "chunk", "max_length"):
+        for name in ("cohort", "chunk", "max_length", "eval_samples"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "an integer >= 1, or leave it out")
         for name in ("lr", "head_lr"):

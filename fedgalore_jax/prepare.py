@@ -141,7 +141,8 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
 
 def load_data(config: Config, task: tasks.Task) -> Dataset:
     """The task's data as the model of the config reads it."""
-    return task.load(source(config, task))
+    dataset = task.load(source(config, task))
+    return dataset.judged_by(config.eval_samples) if config.eval_samples else dataset
 
 
 def source(config: Config, task: tasks.Task) -> Source:

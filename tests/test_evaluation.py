@@ -89,7 +89,9 @@ def test_bad_questions_are_one_line(args, message, capsys):
 
 def test_personal_models_answer_for_their_own_clients(tmp_path):
     """The run's pooled accuracy, again from the saved models of all clients and whose sample is whose."""
-    config = Config(**(SHAPE | {"method": "fedsa_lora", "lr": 3e-3, "rounds": 2, "out_dir": str(tmp_path / "out")}))
+    config = Config(
+        **(SHAPE | {"method": "fedsa_lora", "lr": 3e-3, "rounds": 2, "out_dir": str(tmp_path / "out")})
+    )
     prepared = prepare.prepare(config)
     result = train.execute(prepared, say=lambda line: None)
     test, dataset = prepared.dataset.test, prepared.dataset
@@ -112,3 +114,11 @@ def test_owners_follow_the_classes_of_their_clients():
     whose = owners(labels, parts, classes, np.random.default_rng(0))
     assert (whose[labels == 0] == 0).all() and (whose[labels == 1] == 1).all()
     assert 0.7 < whose[labels == 2].mean() < 0.8
+
+
+def test_fewer_samples_may_judge():
+    config = Config(eval_samples=30, task="digits")
+    whole, few = (prepare.load_data(c, tasks.get("digits")) for c in (Config(), config))
+    assert len(few.validation.labels) == len(few.test.labels) == 30 < len(whole.test.labels)
+    np.testing.assert_array_equal(few.test.labels, whole.test.labels[:30])
+    np.testing.assert_array_equal(few.train.labels, whole.train.labels)

@@ -71,6 +71,11 @@ class Generation(NamedTuple):
     pad: int
     max_new_tokens: int
 
+    def first(self, n: int) -> "Generation":
+        """The first n prompts."""
+        inputs = {name: x[:n] for name, x in self.inputs.items()}
+        return self._replace(inputs=inputs, references=self.references[:n])
+
 
 class Asked(NamedTuple):
     """Samples without labels, to be answered.
@@ -110,6 +115,16 @@ class Dataset(NamedTuple):
     more_tests: dict[str, Split] = {}  # noqa: RUF012 - never written to
     generation: Generation | None = None
     notes: tuple[str, ...] = ()
+
+    def judged_by(self, n: int) -> "Dataset":
+        """The same with at most n samples in every split that is evaluated."""
+        rows = np.arange(n)
+        return self._replace(
+            validation=self.validation.take(rows[: len(self.validation.labels)]),
+            test=self.test.take(rows[: len(self.test.labels)]),
+            more_tests={name: s.take(rows[: len(s.labels)]) for name, s in self.more_tests.items()},
+            generation=self.generation and self.generation.first(n),
+        )
 
 
 def split_rows(
