@@ -219,5 +219,5 @@ def roles_table(config: Config, task: tasks.Task, params: Params) -> str:
     lines = []
     for role, leaves in zip(ROLES, split, strict=True):
         count = sum(leaf.size for leaf in leaves.values())
-        lines.append(f"  {role:<7}{count:>12,} parameters: {', '.join(leaves) or '-'}")
+        lines.append(f"  {role:<7}{count:>12,} parameters: {tree.braced(leaves) or '-'}")
     return "\n".join(lines)

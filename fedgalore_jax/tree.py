@@ -71,6 +71,22 @@ def resolve(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> dict[str,
     return decided
 
 
+def braced(paths: Iterable[str]) -> str:
+    """Paths for people: those that differ in the module's name alone are written as one.
+
+    >>> braced(["head/bias", "layers/key/kernel", "layers/value/kernel"])
+    'head/bias, layers/{key,value}/kernel'
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        *parents, module, leaf = ["", *path.split("/")] if "/" in path else ["", "", path]
+        groups.setdefault(("/".join(parents[1:]), leaf), []).append(module)
+    return ", ".join(
+        "/".join(filter(None, (parents, f"{{{','.join(m)}}}" if len(m) > 1 else m[0], leaf)))
+        for (parents, leaf), m in groups.items()
+    )
+
+
 def by_shape(flat: Flat) -> list[list[str]]:
     """Groups paths whose leaves have one shape and dtype, so that they can be stacked and go through a
     decomposition together: a program then compiles it once per shape, not once per leaf.
