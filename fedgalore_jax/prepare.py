@@ -1,5 +1,6 @@
 """From a `Config` to a run known to be sound: loaded, split and traced, nothing compiled or written."""
 
+import dataclasses
 import math
 import pathlib
 from importlib import resources
@@ -169,7 +170,7 @@ def federate(config: Config, dataset: Dataset) -> FederatedData:
 
 def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
     """The model that a config names, with a head for the task."""
-    return models.load(
+    fns, params = models.load(
         model_path(config, task),
         num_labels=dataset.num_labels or None,
         new_head=config.new_head,
@@ -179,6 +180,10 @@ def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
         dropout=config.dropout,
         key=jax.random.fold_in(jax.random.key(config.seed), 0),
     )
+    names = dataset.label_names
+    if names and dataset.num_labels == len(names):  # the saved model then answers by name
+        fns = fns._replace(config=dataclasses.replace(fns.config, labels=names))
+    return fns, params
 
 
 def model_path(config: Config, task: tasks.Task) -> pathlib.Path:

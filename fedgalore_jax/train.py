@@ -13,12 +13,12 @@ import numpy as np
 
 from fedgalore_jax import engine, models
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, Split
+from fedgalore_jax.data import Dataset, Split, tokens
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
 from fedgalore_jax.folder import append_line, claim, write_json
-from fedgalore_jax.prepare import BLOCK, Model, Prepared, describe, plan, prepare, start
+from fedgalore_jax.prepare import BLOCK, Model, Prepared, describe, model_path, plan, prepare, start
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.types import Params
 
@@ -80,9 +80,12 @@ def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result
         if summary["personal"]:
             for client in range(config.clients):
                 own = export(state.server, jax.tree.map(lambda x, client=client: x[client], state.clients))
-                models.save(out / "models" / f"client-{client}", prepared.fns, own)
+                folder = out / "models" / f"client-{client}"
+                models.save(folder, prepared.fns, own)
+                tokens.copy(model_path(config, prepared.task), folder)
         else:
             models.save(out / "model", prepared.fns, params)
+            tokens.copy(model_path(config, prepared.task), out / "model")
         write_json(out / "summary.json", summary)
     return Result(params, history, summary)
 

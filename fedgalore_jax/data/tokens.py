@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -58,6 +59,13 @@ def tokenizer(model: pathlib.Path) -> Any:
     except ImportError as error:
         raise ImportError("tokenizers come with transformers: pip install 'transformers>=5.17,<6'") from error
     return AutoTokenizer.from_pretrained(model)
+
+
+def copy(model: pathlib.Path, to: pathlib.Path) -> None:
+    """Puts a model directory's tokenizer, where it has one, beside a trained model's weights."""
+    for name in (*FILES, *SETTINGS, "generation_config.json"):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, to / name)
 
 
 def positions(model: pathlib.Path) -> int:
