@@ -195,6 +195,31 @@ def test_download_is_rebuilt_from_what_travelled():
         held = sent
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "floats"),
+    [
+        ("fedgalore", {"weight_decay": 0.1}, L * 3 * n + n + 1),
+        ("fedgalore", {"basis": "server"}, L * 3 * n + n + L * m * 3),
+        ("fedlore", {}, L * 3 * n + n),
+        ("fedgalore", {"basis": "own"}, 0),
+        ("fedgalore", {"client_weights": "dense", "basis": "server"}, 0),
+    ],
+)
+def test_catching_up_is_counted(method, options, floats):
+    """A client that missed rounds replays their mean steps, at most until the model costs less."""
+    machine, rounds, state = setup(method, **options)
+    four = plan(range(4))
+    assert machine.wire(state, four).catch_up == 4 * floats
+    if not floats:
+        return
+    counts = four.counts.copy()
+    counts[0, 2] = counts[1:3, 4] = 0  # one client misses the first round, one the next two
+    _, metrics = rounds(state, machine.train, four._replace(counts=counts), 4)
+    model = sum(x.nbytes for x in jax.tree.leaves(params()))
+    want = [0, min(4 * floats, model), 0, min(2 * 4 * floats, model)]
+    np.testing.assert_array_equal(metrics["bytes_catch_up"], want)
+
+
 def seeded(seed, epoch):
     """The shared basis of some rounds, as a client makes it: from the seed and shapes alone."""
     key = jax.random.fold_in(jax.random.fold_in(seed, epoch), 0)
