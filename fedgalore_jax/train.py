@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import models
+from fedgalore_jax import models, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset
 from fedgalore_jax.evaluation import evaluator, test_metrics
 from fedgalore_jax.folder import append_line, claim, write_json
-from fedgalore_jax.prepare import BLOCK, Model, Prepared, describe, plan, prepare, start
+from fedgalore_jax.prepare import BLOCK, Model, Prepared, by_role, describe, plan, prepare, start
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.types import Params
 
@@ -46,7 +46,7 @@ def run(
 
     Args:
       config: what to run. With `out_dir`, the run leaves `config.json`, `metrics.jsonl` (a line as soon as
-        a round is read), `model/` and, last, `summary.json` there.
+        a round is read), `model/`, where the method has one `adapter/`, and, last, `summary.json` there.
       model: your own `(fns, params)`, in place of the model that `config.model` names.
       dataset: your own, in place of the one that `config.task` loads.
       say: takes the few lines that describe the run; the live progress line goes to stderr.
@@ -75,8 +75,35 @@ def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result
     summary = loop.summary(server, params, history)
     if out:
         models.save(out / "model", prepared.fns, params)
+        save_adapter(out / "adapter", prepared, server, params, say)
         write_json(out / "summary.json", summary)
     return Result(params, history, summary)
+
+
+def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Callable[[str], None]) -> None:
+    """Writes what was learned next to the model it began with, where a method leaves that as LoRA factors.
+
+    What the folder cannot hold is named in one line through `say`.
+    """
+    strategy, base = prepared.machine.strategy, prepared.base
+    if strategy.adapter is None or base is None:
+        return
+    factors, lora_alpha = strategy.adapter(server)
+    kernels, head = models.adapter_paths(prepared.fns)
+    _, trained, _ = by_role(prepared.config, prepared.task, params)
+    if missing := (factors.keys() - kernels) | (trained.keys() - head):
+        say(f"adapter/ is without {', '.join(sorted(missing))}: the whole result is in model/")
+    kept, flat = {path: factors[path] for path in factors if path in kernels}, tree.flatten(params)
+    if kept:
+        models.save_adapter(
+            path,
+            prepared.fns,
+            kept,
+            base_model=str(base),
+            lora_alpha=lora_alpha,
+            rank=next(iter(kept.values())).a.shape[-1],
+            head={path: flat[path] for path in head},
+        )
 
 
 def validate(config: Config) -> float:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
+from problem import OPTIONS, K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
 
 from fedgalore_jax import engine, strategies, tree
 from fedgalore_jax.data import Plan
@@ -112,6 +112,8 @@ MEMORY = {
     "hetlora": 1,
     "ssf": FULL,
 }
+ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora"}
+"""Methods whose kernels never move."""
 GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""
 
@@ -122,6 +124,8 @@ every = pytest.mark.parametrize(
 
 def test_every_strategy_has_a_row():
     assert {method for method, _ in CASES.values()} == set(strategies.names())
+    have = {name for name in strategies.names() if strategies.build(name, **OPTIONS).adapter is not None}
+    assert have == ADAPTERS
     assert FLOATS.keys() == CASES.keys() > MEMORY.keys() | GRADIENTS.keys() | set(CORE)
 
 
@@ -251,6 +255,26 @@ def test_bytes_on_the_wire_are_the_ledgers(built, case):
     assert (wire.down / 4, wire.up / 4) == FLOATS[case]
     assert wire.memory == 4 * MEMORY.get(case, 0)
     assert wire.gradients == pytest.approx(GRADIENTS.get(case, 1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        c if c in CORE else pytest.param(c, marks=pytest.mark.slow)
+        for c, (method, _) in CASES.items()
+        if method in ADAPTERS
+    ],
+)
+def test_an_adapter_is_all_that_kernels_learned(built, case):
+    machine, rounds, state, ten = built(case)
+    state, _ = rounds(state, machine.train, ten, 3)
+    factors, lora_alpha = machine.strategy.adapter(state.server)
+    start, out = tree.flatten(params()), tree.flatten(machine.strategy.export(state.server))
+    assert factors.keys() == {"layers/kernel"}
+    for path, (a, b) in factors.items():
+        want = start[path] + lora_alpha / a.shape[-1] * a @ b
+        np.testing.assert_allclose(out[path], want, atol=1e-5)
+        assert np.abs(out[path] - start[path]).max() > 1e-2
 
 
 @every

@@ -10,10 +10,11 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_vit
 
 from experiments.launch import main
-from fedgalore_jax import models, prepare, tasks, train
+from fedgalore_jax import models, prepare, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
@@ -52,7 +53,7 @@ def test_a_comparison_has_a_table_and_a_folder_per_method(compared):
     for method in ("fedgalore", "fedavg", "fedit"):
         files = {file.name for file in (out / method).iterdir()}
         wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "clients.png", "model"}
-        assert files == wanted
+        assert files == wanted | ({"adapter"} if method == "fedit" else set())
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -83,6 +84,39 @@ def test_the_saved_model_is_the_one_that_was_measured(compared):
     measured = classification(logits, test.labels)
     assert measured["accuracy"] == summary["final"]["accuracy"]
     assert measured["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
+
+
+def test_an_adapter_and_its_base_are_the_saved_model(compared):
+    out, _ = compared
+    folder = out / "fedit" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    adapter = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    assert config["r"] == 2 and len(config["target_modules"]) == 6 * 4
+    saved, base = (
+        tree.flatten(models.load(path)[1])
+        for path in (out / "fedit" / "model", config["base_model_name_or_path"])
+    )
+    for layer in range(4):
+        name = f"base_model.model.vit.layers.{layer}.attention.k_proj.lora"
+        a, b = (adapter[f"{name}_{x}.weight"] for x in "AB")
+        learned = config["lora_alpha"] / 2 * (b @ a).T
+        path = "layers/attention/key/kernel"
+        np.testing.assert_allclose(saved[path][layer], base[path][layer] + learned, atol=1e-6)
+        assert np.abs(learned).max() > 1e-4
+    head = {name: x for name, x in adapter.items() if "lora" not in name}
+    np.testing.assert_array_equal(
+        head.pop("base_model.model.classifier.weight").T, saved["classifier/kernel"]
+    )
+    np.testing.assert_array_equal(head.pop("base_model.model.classifier.bias"), saved["classifier/bias"])
+    assert not head
+
+
+def test_what_an_adapter_cannot_hold_is_named(tmp_path):
+    said, out = [], tmp_path / "out"
+    shape = {"rounds": 1, "local_steps": 1, "clients": 2, "rank": 2, "out_dir": str(out)}
+    train.run(Config(method="ffa_lora", lr=1e-3, train="classifier,layernorm", **shape), say=said.append)
+    assert said[-1] == ("adapter/ is without layernorm/bias, layernorm/scale: the whole result is in model/")
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_used_folder_is_refused_and_left_alone(compared, capsys):
