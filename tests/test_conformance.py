@@ -33,6 +33,8 @@ CASES = {
     "flexlora": ("flexlora", {}),
     "flexlora, ranks": ("flexlora", {"ranks": (3, 1), "lora_alpha": 4.0, "weight_decay": 0.1}),
     "hetlora": ("hetlora", {"ranks": (3, 2)}),
+    "ilora": ("ilora", {}),
+    "ilora, ranks": ("ilora", {"ranks": (3, 1), "variates": False}),
     "lora_fair": ("lora_fair", {}),
     "lora_fair, ls": ("lora_fair", {"solver": "ls"}),
     "fedex_lora": ("fedex_lora", {}),
@@ -77,6 +79,8 @@ FLOATS = {
     "flexlora": (LORA + bias, LORA + bias),
     "flexlora, ranks": (LORA * 2 / 3 + bias, LORA * 2 / 3 + bias),
     "hetlora": (LORA * 5 / 6 + bias, LORA * 5 / 6 + bias + L + 1),
+    "ilora": (2 * (LORA + bias), 2 * (LORA + bias)),
+    "ilora, ranks": (LORA + bias, LORA * 2 / 3 + bias),
     "lora_fair": (LORA + bias, LORA + bias),
     "lora_fair, ls": (LORA + bias, LORA + bias),
     "fedex_lora": (N * LORA + bias, LORA + bias),
@@ -110,6 +114,7 @@ MEMORY = {
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,
     "hetlora": 1,
+    "ilora": LORA + bias,
     "ssf": FULL,
 }
 ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora"}

@@ -27,6 +27,7 @@ from fedgalore_jax.strategies.flora import flora
 from fedgalore_jax.strategies.fr_lora import fr_lora
 from fedgalore_jax.strategies.galore_avg import galore_avg
 from fedgalore_jax.strategies.hetlora import hetlora
+from fedgalore_jax.strategies.ilora import ilora
 from fedgalore_jax.strategies.lora_a2 import lora_a2
 from fedgalore_jax.strategies.lora_fair import lora_fair
 from fedgalore_jax.strategies.rolora import rolora
@@ -55,13 +56,14 @@ _STRATEGIES = {
     "fr_lora": fr_lora,
     "galore_avg": galore_avg,
     "hetlora": hetlora,
+    "ilora": ilora,
     "lora_a2": lora_a2,
     "lora_fair": lora_fair,
     "rolora": rolora,
     "scaffold": scaffold,
     "ssf": ssf,
 }
-_RANKS = ("flexlora", "flora", "hetlora")
+_RANKS = ("flexlora", "flora", "hetlora", "ilora")
 """Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
 
