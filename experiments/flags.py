@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 from typing import Any, get_args, get_type_hints
@@ -11,11 +12,23 @@ from absl import flags
 from fedgalore_jax import strategies
 from fedgalore_jax.config import Config
 
+
+class _Integers(flags.ArgumentParser):
+    """Comma-separated integers, as a tuple."""
+
+    syntactic_help = "comma-separated integers"
+
+    def parse(self, argument):
+        """The tuple; absl turns a ValueError into a line that names the flag."""
+        return tuple(int(part) for part in argument.split(","))
+
+
 _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     bool: flags.DEFINE_boolean,
+    tuple[int, ...]: functools.partial(flags.DEFINE, _Integers()),
 }
 _ELSEWHERE = ("method", "opt")
 

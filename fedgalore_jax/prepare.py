@@ -132,6 +132,7 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
     common = {
         "lr": schedule,
         "rank": config.rank,
+        "ranks": config.ranks,
         "head_ratio": (config.head_lr or lr) / lr,
         "weight_decay": config.weight_decay,
         "clip": config.clip,
