@@ -45,7 +45,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "method",
         ["fedgalore"],
-        "one strategy, or several (comma-separated) on the same split",
+        f"one strategy, or several on the same split, comma-separated: {', '.join(strategies.groups())}"
+        " are groups of them",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
@@ -61,7 +62,8 @@ def define(values: flags.FlagValues) -> None:
 
 def configs(values: flags.FlagValues) -> list[Config]:
     """One `Config` per method; each ValueError says which flag to change."""
-    methods = values.method
+    groups = strategies.groups()
+    methods = [method for name in values.method for method in groups.get(name, (name,))]
     if not methods or len(set(methods)) < len(methods):
         raise ValueError(f"method={','.join(methods)!r}: name each method once")
     given = {

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_vit
+from absl import flags
 
+from experiments import flags as our_flags
 from experiments.launch import main
-from fedgalore_jax import models, prepare, tasks, train, tree
+from fedgalore_jax import models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
@@ -169,6 +171,12 @@ BAD = {
     "--rank=0": "rank=0",
     "--rank=abc": "--rank=abc",
     "--rank=64": "rank=64",
+    "--ranks=2,x": "--ranks=2,x",
+    "--ranks=4,0 --method=flora": "ranks=(4, 0) is not usable: give integers >= 1, the largest of them",
+    "--ranks=4,8 --method=flora": "the largest of them --rank, 4",
+    "--ranks=4,2 --lr=0.01 --method=flora,fedit": "fedit has one rank for all, not ranks=(4, 2): try",
+    "--method=lora,fedit": "name each method once",
+    "--method=lora --opt=lr=1": "with several methods write fedex_lora.lr=1",
     "--rank=64 --method=fedavg,fedgalore": "rank=64",
     "--rank=1": "rank=1 leaves AJIVE no room",
     "--seed=100000000000000000000": "seed=100000000000000000000",
@@ -247,6 +255,25 @@ def test_list_names_everything(capsys):
     launch("--list")
     out = capsys.readouterr().out
     assert all(name in out for name in ("digits", "fedavg", "fedgalore", "sync=", "weight_decay"))
+    assert "--method=subspace: fedgalore, fedlore" in out
+
+
+def test_a_group_is_its_methods_and_ranks_reach_them():
+    def configs(*args):
+        values = flags.FlagValues()
+        our_flags.define(values)
+        values(["run.py", *args])
+        return our_flags.configs(values)
+
+    groups = strategies.groups()
+    parts = [method for name, group in groups.items() if name != "all" for method in group]
+    assert sorted(parts) == list(groups["all"]) == list(strategies.names())
+    assert [c.method for c in configs("--method=subspace,fedit")] == [*groups["subspace"], "fedit"]
+    (config,) = configs("--method=flexlora", "--rank=8", "--ranks=8,2", "--lr=1e-3")
+    assert config.ranks == (8, 2) and configs("--method=flexlora")[0].ranks is None
+    task = tasks.get(config.task)
+    strategy = prepare.strategy_of(config, task)
+    assert strategy.wire_of == 2
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
