@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 from typing import Any, get_args, get_type_hints
@@ -11,11 +12,23 @@ from absl import flags
 from fedgalore_jax import strategies
 from fedgalore_jax.config import Config
 
+
+class _Integers(flags.ArgumentParser):
+    """Comma-separated integers, as a tuple."""
+
+    syntactic_help = "comma-separated integers"
+
+    def parse(self, argument):
+        """The tuple; absl turns a ValueError into a line that names the flag."""
+        return tuple(int(part) for part in argument.split(","))
+
+
 _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     bool: flags.DEFINE_boolean,
+    tuple[int, ...]: functools.partial(flags.DEFINE, _Integers()),
 }
 _ELSEWHERE = ("method", "opt")
 
@@ -32,7 +45,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "method",
         ["fedgalore"],
-        "one strategy, or several (comma-separated) on the same split",
+        f"one strategy, or several on the same split, comma-separated: {', '.join(strategies.groups())}"
+        " are groups of them",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
@@ -48,7 +62,8 @@ def define(values: flags.FlagValues) -> None:
 
 def configs(values: flags.FlagValues) -> list[Config]:
     """One `Config` per method; each ValueError says which flag to change."""
-    methods = values.method
+    groups = strategies.groups()
+    methods = [method for name in values.method for method in groups.get(name, (name,))]
     if not methods or len(set(methods)) < len(methods):
         raise ValueError(f"method={','.join(methods)!r}: name each method once")
     given = {

@@ -110,7 +110,9 @@ def listing() -> str:
     from fedgalore_jax import strategies, tasks
     from fedgalore_jax.strategies.base import Common
 
-    lines = [f"tasks: {', '.join(tasks.names())}", "methods and their own options (--opt name=value):"]
+    lines = [f"tasks: {', '.join(tasks.names())}"]
+    lines += [f"--method={name}: {', '.join(methods)}" for name, methods in strategies.groups().items()]
+    lines.append("methods and their own options (--opt name=value):")
     for name in strategies.names():
         own = ", ".join(f"{k}={v}" for k, v in strategies.options(name).items())
         lines.append(f"  {name}: {own or '-'}")

@@ -39,6 +39,8 @@ class Config:
       schedule: of the learning rate over all rounds * local_steps steps: "constant", or "linear" or
         "cosine" decay to 0.
       rank: r of adapters and gradient subspaces.
+      ranks: of the clients' adapters, cycled over their ids, for the strategies that let them differ;
+        the largest is `rank`.
       weight_decay: decoupled, on kernels.
       clip: norm above which a client's gradient is scaled down; 0 switches it off.
       dropout: probability, in place of the model's own; the model's if None.
@@ -80,6 +82,7 @@ class Config:
     head_lr: float | None = None
     schedule: str = "constant"
     rank: int = 4
+    ranks: tuple[int, ...] | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     dropout: float | None = None
@@ -106,6 +109,8 @@ class Config:
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "a positive, finite number")
+        fits = self.ranks is None or (min(self.ranks, default=0) >= 1 and max(self.ranks) == self.rank)
+        self._require("ranks", fits, f"integers >= 1, the largest of them --rank, {self.rank}")
         for name in ("weight_decay", "clip"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         for name in ("alpha", "sigma"):

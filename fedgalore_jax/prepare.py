@@ -18,7 +18,7 @@ from fedgalore_jax.data.partition import table
 from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.folder import refuse_used
 from fedgalore_jax.strategies.base import ROLES, Common
-from fedgalore_jax.types import Params
+from fedgalore_jax.types import Flat, Params
 
 BLOCK = 50
 """Most rounds in one compiled call."""
@@ -36,6 +36,7 @@ class Prepared(NamedTuple):
       machine: the engine.
       program: its rounds, lowered and ready to be compiled.
       wire: bytes of one client.
+      base: directory of the model before round 0, None for one of your own.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     machine: engine.Engine
     program: Any
     wire: engine.Wire
+    base: pathlib.Path | None
 
 
 def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | None = None) -> Prepared:
@@ -82,7 +84,8 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     rows = plan(config, machine, federation, range(block_size(config)))
     program = machine.rounds().lower(state, machine.train, rows, 1)
     wire = machine.wire(state, rows)
-    return Prepared(config, task, dataset, federation, fns, params, machine, program, wire)
+    base = model_path(config, task) if model is None else None
+    return Prepared(config, task, dataset, federation, fns, params, machine, program, wire, base)
 
 
 def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunState:
@@ -132,6 +135,7 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
     common = {
         "lr": schedule,
         "rank": config.rank,
+        "ranks": config.ranks,
         "head_ratio": (config.head_lr or lr) / lr,
         "weight_decay": config.weight_decay,
         "clip": config.clip,
@@ -218,11 +222,15 @@ def describe(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
+def by_role(config: Config, task: tasks.Task, params: Params) -> tuple[Flat, Flat, Flat]:
+    """A model's leaves: adapted, trained, frozen."""
+    return Common(1.0, roles=config.roles(task.train)).split(tree.flatten(params))
+
+
 def roles_table(config: Config, task: tasks.Task, params: Params) -> str:
     """What is adapted, trained and frozen, one line each."""
-    split = Common(1.0, roles=config.roles(task.train)).split(tree.flatten(params))
     lines = []
-    for role, leaves in zip(ROLES, split, strict=True):
+    for role, leaves in zip(ROLES, by_role(config, task, params), strict=True):
         count = sum(leaf.size for leaf in leaves.values())
         lines.append(f"  {role:<7}{count:>12,} parameters: {tree.braced(leaves) or '-'}")
     return "\n".join(lines)

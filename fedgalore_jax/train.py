@@ -11,14 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import engine, models
+from fedgalore_jax import engine, models, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split, tokens
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
 from fedgalore_jax.folder import append_line, claim, write_json
-from fedgalore_jax.prepare import BLOCK, Model, Prepared, describe, model_path, plan, prepare, start
+from fedgalore_jax.prepare import (
+    BLOCK,
+    Model,
+    Prepared,
+    by_role,
+    describe,
+    plan,
+    prepare,
+    start,
+)
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.types import Params
 
@@ -48,7 +57,7 @@ def run(
 
     Args:
       config: what to run. With `out_dir`, the run leaves `config.json`, `metrics.jsonl` (a line as soon as
-        a round is read), `model/` and, last, `summary.json` there.
+        a round is read), `model/`, where the method has one `adapter/`, and, last, `summary.json` there.
       model: your own `(fns, params)`, in place of the model that `config.model` names.
       dataset: your own, in place of the one that `config.task` loads.
       say: takes the few lines that describe the run; the live progress line goes to stderr.
@@ -73,21 +82,57 @@ def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result
     say(describe(prepared))
     loop = _Loop(prepared, out)
     state, history = loop.run()
-    export = prepared.machine.strategy.export
-    params = export(state.server)
+    params = prepared.machine.strategy.export(state.server)
     summary = loop.summary(state, params, history)
     if out:
-        if summary["personal"]:
-            for client in range(config.clients):
-                own = export(state.server, jax.tree.map(lambda x, client=client: x[client], state.clients))
-                folder = out / "models" / f"client-{client}"
-                models.save(folder, prepared.fns, own)
-                tokens.copy(model_path(config, prepared.task), folder)
-        else:
-            models.save(out / "model", prepared.fns, params)
-            tokens.copy(model_path(config, prepared.task), out / "model")
+        save_models(out, prepared, state, params, say)
         write_json(out / "summary.json", summary)
     return Result(params, history, summary)
+
+
+def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Callable[[str], None]) -> None:
+    """Writes what was learned next to the model it began with, where a method leaves that as LoRA factors.
+
+    What the folder cannot hold is named in one line through `say`.
+    """
+    strategy, base = prepared.machine.strategy, prepared.base
+    if strategy.adapter is None or base is None:
+        return
+    factors, lora_alpha = strategy.adapter(server)
+    kernels, head = models.adapter_paths(prepared.fns)
+    _, trained, _ = by_role(prepared.config, prepared.task, params)
+    if missing := (factors.keys() - kernels) | (trained.keys() - head):
+        say(f"adapter/ is without {', '.join(sorted(missing))}: the whole result is in model/")
+    kept, flat = {path: factors[path] for path in factors if path in kernels}, tree.flatten(params)
+    if kept:
+        models.save_adapter(
+            path,
+            prepared.fns,
+            kept,
+            base_model=str(base),
+            lora_alpha=lora_alpha,
+            rank=next(iter(kept.values())).a.shape[-1],
+            head={path: flat[path] for path in head},
+        )
+
+
+def save_models(
+    out: pathlib.Path, prepared: Prepared, state: engine.RunState, params: Params, say: Callable[[str], None]
+) -> None:
+    """Writes `model/`, with `adapter/` where the method leaves one; a personalised method's `models/`."""
+    strategy, config = prepared.machine.strategy, prepared.config
+    found = {out / "model": params}
+    if strategy.personal:
+        memories = [jax.tree.map(lambda x, c=c: x[c], state.clients) for c in range(config.clients)]
+        found = {
+            out / "models" / f"client-{c}": strategy.export(state.server, memory)
+            for c, memory in enumerate(memories)
+        }
+    for folder, own in found.items():
+        models.save(folder, prepared.fns, own)
+        if prepared.base:
+            tokens.copy(prepared.base, folder)
+    save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
 def validate(config: Config) -> float:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
+from problem import OPTIONS, K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
 
 from fedgalore_jax import engine, strategies, tree
 from fedgalore_jax.data import Plan
@@ -33,6 +33,8 @@ CASES = {
     "flexlora": ("flexlora", {}),
     "flexlora, ranks": ("flexlora", {"ranks": (3, 1), "lora_alpha": 4.0, "weight_decay": 0.1}),
     "hetlora": ("hetlora", {"ranks": (3, 2)}),
+    "ilora": ("ilora", {}),
+    "ilora, ranks": ("ilora", {"ranks": (3, 1), "variates": False}),
     "lora_fair": ("lora_fair", {}),
     "lora_fair, ls": ("lora_fair", {"solver": "ls"}),
     "fedex_lora": ("fedex_lora", {}),
@@ -77,6 +79,8 @@ FLOATS = {
     "flexlora": (LORA + bias, LORA + bias),
     "flexlora, ranks": (LORA * 2 / 3 + bias, LORA * 2 / 3 + bias),
     "hetlora": (LORA * 5 / 6 + bias, LORA * 5 / 6 + bias + L + 1),
+    "ilora": (2 * (LORA + bias), 2 * (LORA + bias)),
+    "ilora, ranks": (LORA + bias, LORA * 2 / 3 + bias),
     "lora_fair": (LORA + bias, LORA + bias),
     "lora_fair, ls": (LORA + bias, LORA + bias),
     "fedex_lora": (N * LORA + bias, LORA + bias),
@@ -110,8 +114,11 @@ MEMORY = {
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,
     "hetlora": 1,
+    "ilora": LORA + bias,
     "ssf": FULL,
 }
+ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora"}
+"""Methods whose kernels never move."""
 GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""
 
@@ -122,6 +129,8 @@ every = pytest.mark.parametrize(
 
 def test_every_strategy_has_a_row():
     assert {method for method, _ in CASES.values()} == set(strategies.names())
+    have = {name for name in strategies.names() if strategies.build(name, **OPTIONS).adapter is not None}
+    assert have == ADAPTERS
     assert FLOATS.keys() == CASES.keys() > MEMORY.keys() | GRADIENTS.keys() | set(CORE)
 
 
@@ -251,6 +260,26 @@ def test_bytes_on_the_wire_are_the_ledgers(built, case):
     assert (wire.down / 4, wire.up / 4) == FLOATS[case]
     assert wire.memory == 4 * MEMORY.get(case, 0)
     assert wire.gradients == pytest.approx(GRADIENTS.get(case, 1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        c if c in CORE else pytest.param(c, marks=pytest.mark.slow)
+        for c, (method, _) in CASES.items()
+        if method in ADAPTERS
+    ],
+)
+def test_an_adapter_is_all_that_kernels_learned(built, case):
+    machine, rounds, state, ten = built(case)
+    state, _ = rounds(state, machine.train, ten, 3)
+    factors, lora_alpha = machine.strategy.adapter(state.server)
+    start, out = tree.flatten(params()), tree.flatten(machine.strategy.export(state.server))
+    assert factors.keys() == {"layers/kernel"}
+    for path, (a, b) in factors.items():
+        want = start[path] + lora_alpha / a.shape[-1] * a @ b
+        np.testing.assert_allclose(out[path], want, atol=1e-5)
+        assert np.abs(out[path] - start[path]).max() > 1e-2
 
 
 @every

@@ -52,8 +52,8 @@ def test_the_fused_kernel_gets_what_it_takes(monkeypatch):
     mask = jnp.arange(64)[None] < jnp.array([[64], [5]])
     expected = layers.attend(q, k, v, mask=mask, key=None)
 
-    def cudnn(q, k, v, *, mask, implementation):
-        assert implementation == "cudnn" and mask.shape == (2, 3, 64, 64)
+    def cudnn(q, k, v, *, mask, is_causal, implementation):
+        assert implementation == "cudnn" and not is_causal and mask.shape == (2, 3, 64, 64)
         calls.append(mask)
         return plain(q, k, v, mask=mask)
 

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from by_hand import (
     OPTIONS,
+    Adam,
     R,
     S,
     T,
     assert_model,
+    client_batches,
     every_client,
     factors,
     mean_of,
@@ -16,7 +18,7 @@ from by_hand import (
     start,
     trained,
 )
-from problem import N, plan, setup
+from problem import K, N, gradients, plan, setup
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -144,6 +146,55 @@ def test_hetlora_pads_weighs_by_norm_and_shrinks():
     assert_model(got, w + S * a @ b, bias)
 
 
+def test_ilora_splits_by_qr_and_corrects_within_the_rank():
+    """Ranks 3 and 1: what a client does not train stays in its model as it was sent, and counts so."""
+    ranks, learn = (3, 1), ("a", "b", "bias")
+    w, bias, shift = start()
+
+    def split(matrix):
+        """Q and R of the matrix as torch would hold it, out x in."""
+        q, r = np.linalg.qr(T(matrix))
+        return T(r[..., :R, :]), T(q[..., :R])
+
+    a, b = split(w)
+    base, a = w - a @ b, a / S
+    now = {"a": a, "b": b, "bias": bias}
+    c = {k: np.zeros_like(x) for k, x in now.items()}
+    own = [dict(c) for _ in range(N)]
+    holders = {"a": [5, 3, 3], "b": np.reshape([5, 3, 3], (R, 1)), "bias": 5}
+    for t in range(2):
+        rows, moved = [], {k: 0 for k in learn}
+        for client, (p, batches) in enumerate(client_batches(t)):
+            keep = np.arange(R) < ranks[client % 2]
+            keep = {"a": keep, "b": keep[:, None], "bias": 1}
+            values, adam = dict(now), Adam({k: x.shape for k, x in now.items()})
+            seen = {k: 0 for k in learn}
+            for x, y in batches:
+                full = base + S * values["a"] @ values["b"]
+                dw, db = gradients(full, values["bias"], shift, x, y)
+                raw = {"a": S * dw @ T(values["b"]), "b": S * T(values["a"]) @ dw, "bias": db}
+                raw = {k: keep[k] * g for k, g in raw.items()}
+                seen = {k: seen[k] + raw[k] / K for k in learn}
+                grads = {k: raw[k] + keep[k] * (c[k] - own[client][k]) for k in learn}
+                before = dict(values)
+                adam.step(values, grads, {"a", "b"})
+                values = {k: before[k] + keep[k] * (values[k] - before[k]) for k in learn}
+            moved = {k: moved[k] + seen[k] - own[client][k] for k in learn}
+            own[client] = seen
+            rows.append((p, values))
+        c = {k: c[k] + moved[k] / holders[k] for k in learn}
+        product = sum(p * values["a"] @ values["b"] for p, values in rows)
+        a, b = split(product)
+        now = {"a": a, "b": b, "bias": mean_of(rows, "bias")}
+        lost = 1 - (np.linalg.norm(a @ b) / np.linalg.norm(product)) ** 2
+    machine, rounds, state = setup("ilora", ranks=ranks, **OPTIONS)
+    state, metrics = rounds(state, machine.train, plan(range(2)), 2)
+    out = machine.strategy.export(state.server)
+    assert_model((out["layers"]["kernel"], out["classifier"]["bias"]), base + S * a @ b, now["bias"])
+    np.testing.assert_allclose(metrics["lost"][1], lost, rtol=1e-5)
+    assert lost > 1e-4
+
+
 def fedit_round(w, a, b, bias, t):
     now = {"a": a, "b": b, "bias": bias}
     rows = every_client(t, lambda _, x: trained(w, now, x))
@@ -193,6 +244,7 @@ def test_lora_fair_ls_solves_the_ridge_problem():
         ("fedit", {"ranks": (1, 3)}, "fedit has one rank for all"),
         ("flora", {"ranks": (1, 2)}, r"ranks=\(1, 2\) is not usable: give a largest rank of 3"),
         ("flora", {"ranks": (0, 3)}, "integers >= 1"),
+        ("ilora", {"rank": 6}, r"rank=6 is too large for layers/kernel \(2, 6, 5\): give at most 5"),
         ("hetlora", {"gamma": 1.0}, "gamma=1.0"),
         ("hetlora", {"min_rank": 4}, "min_rank=4"),
         ("lora_fair", {"solver": "svd"}, "solver='svd'"),

@@ -1,5 +1,7 @@
 """FedGaLore: factored equals dense, plain GaLore as its special case, its options, its wire."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,11 +99,13 @@ def test_the_base_product_is_not_batched_over_clients():
 
 def test_counters_are_not_batched_over_clients():
     """F1: a batched counter would turn every branch that hangs on it into both branches."""
+    batched = re.compile(rf"i32\[{N}\] = add \w+ 1:i32\[\]")
+    assert batched.search(str(jax.make_jaxpr(jax.vmap(lambda count: count + 1))(jnp.arange(N))))
     for method in ("fedgalore", "fedavg", "fedit"):
         machine, _, state = setup(method)
         one = jax.tree.map(lambda x: x[0], plan(range(1)))
         text = str(jax.make_jaxpr(machine.round)(state, machine.train, one))
-        assert f"i32[{N}] = add" not in text
+        assert not batched.search(text)
 
 
 def test_shared_bases_follow_the_seed_and_the_refresh():
@@ -189,6 +193,31 @@ def test_download_is_rebuilt_from_what_travelled():
         assert_close(wire["nu"], sent.extra.adam.nu, 0)
         assert_close(wire["mu"], sent.extra.adam.mu, 0)
         held = sent
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "floats"),
+    [
+        ("fedgalore", {"weight_decay": 0.1}, L * 3 * n + n + 1),
+        ("fedgalore", {"basis": "server"}, L * 3 * n + n + L * m * 3),
+        ("fedlore", {}, L * 3 * n + n),
+        ("fedgalore", {"basis": "own"}, 0),
+        ("fedgalore", {"client_weights": "dense", "basis": "server"}, 0),
+    ],
+)
+def test_catching_up_is_counted(method, options, floats):
+    """A client that missed rounds replays their mean steps, at most until the model costs less."""
+    machine, rounds, state = setup(method, **options)
+    four = plan(range(4))
+    assert machine.wire(state, four).catch_up == 4 * floats
+    if not floats:
+        return
+    counts = four.counts.copy()
+    counts[0, 2] = counts[1:3, 4] = 0  # one client misses the first round, one the next two
+    _, metrics = rounds(state, machine.train, four._replace(counts=counts), 4)
+    model = sum(x.nbytes for x in jax.tree.leaves(params()))
+    want = [0, min(4 * floats, model), 0, min(2 * 4 * floats, model)]
+    np.testing.assert_array_equal(metrics["bytes_catch_up"], want)
 
 
 def seeded(seed, epoch):

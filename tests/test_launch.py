@@ -10,10 +10,13 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_vit
+from absl import flags
 
+from experiments import flags as our_flags
 from experiments.launch import main
-from fedgalore_jax import models, prepare, tasks, train
+from fedgalore_jax import models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
@@ -52,7 +55,7 @@ def test_a_comparison_has_a_table_and_a_folder_per_method(compared):
     for method in ("fedgalore", "fedavg", "fedit"):
         files = {file.name for file in (out / method).iterdir()}
         wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "clients.png", "model"}
-        assert files == wanted
+        assert files == wanted | ({"adapter"} if method == "fedit" else set())
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -83,6 +86,39 @@ def test_the_saved_model_is_the_one_that_was_measured(compared):
     measured = classification(logits, test.labels)
     assert measured["accuracy"] == summary["final"]["accuracy"]
     assert measured["loss"] == pytest.approx(summary["final"]["loss"], rel=1e-5)
+
+
+def test_an_adapter_and_its_base_are_the_saved_model(compared):
+    out, _ = compared
+    folder = out / "fedit" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    adapter = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    assert config["r"] == 2 and len(config["target_modules"]) == 6 * 4
+    saved, base = (
+        tree.flatten(models.load(path)[1])
+        for path in (out / "fedit" / "model", config["base_model_name_or_path"])
+    )
+    for layer in range(4):
+        name = f"base_model.model.vit.layers.{layer}.attention.k_proj.lora"
+        a, b = (adapter[f"{name}_{x}.weight"] for x in "AB")
+        learned = config["lora_alpha"] / 2 * (b @ a).T
+        path = "layers/attention/key/kernel"
+        np.testing.assert_allclose(saved[path][layer], base[path][layer] + learned, atol=1e-6)
+        assert np.abs(learned).max() > 1e-4
+    head = {name: x for name, x in adapter.items() if "lora" not in name}
+    np.testing.assert_array_equal(
+        head.pop("base_model.model.classifier.weight").T, saved["classifier/kernel"]
+    )
+    np.testing.assert_array_equal(head.pop("base_model.model.classifier.bias"), saved["classifier/bias"])
+    assert not head
+
+
+def test_what_an_adapter_cannot_hold_is_named(tmp_path):
+    said, out = [], tmp_path / "out"
+    shape = {"rounds": 1, "local_steps": 1, "clients": 2, "rank": 2, "out_dir": str(out)}
+    train.run(Config(method="ffa_lora", lr=1e-3, train="classifier,layernorm", **shape), say=said.append)
+    assert said[-1] == ("adapter/ is without layernorm/bias, layernorm/scale: the whole result is in model/")
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_used_folder_is_refused_and_left_alone(compared, capsys):
@@ -135,6 +171,12 @@ BAD = {
     "--rank=0": "rank=0",
     "--rank=abc": "--rank=abc",
     "--rank=64": "rank=64",
+    "--ranks=2,x": "--ranks=2,x",
+    "--ranks=4,0 --method=flora": "ranks=(4, 0) is not usable: give integers >= 1, the largest of them",
+    "--ranks=4,8 --method=flora": "the largest of them --rank, 4",
+    "--ranks=4,2 --lr=0.01 --method=flora,fedit": "fedit has one rank for all, not ranks=(4, 2): try",
+    "--method=lora,fedit": "name each method once",
+    "--method=lora --opt=lr=1": "with several methods write fedex_lora.lr=1",
     "--rank=64 --method=fedavg,fedgalore": "rank=64",
     "--rank=1": "rank=1 leaves AJIVE no room",
     "--seed=100000000000000000000": "seed=100000000000000000000",
@@ -213,6 +255,25 @@ def test_list_names_everything(capsys):
     launch("--list")
     out = capsys.readouterr().out
     assert all(name in out for name in ("digits", "fedavg", "fedgalore", "sync=", "weight_decay"))
+    assert "--method=subspace: fedgalore, fedlore" in out
+
+
+def test_a_group_is_its_methods_and_ranks_reach_them():
+    def configs(*args):
+        values = flags.FlagValues()
+        our_flags.define(values)
+        values(["run.py", *args])
+        return our_flags.configs(values)
+
+    groups = strategies.groups()
+    parts = [method for name, group in groups.items() if name != "all" for method in group]
+    assert sorted(parts) == list(groups["all"]) == list(strategies.names())
+    assert [c.method for c in configs("--method=subspace,fedit")] == [*groups["subspace"], "fedit"]
+    (config,) = configs("--method=flexlora", "--rank=8", "--ranks=8,2", "--lr=1e-3")
+    assert config.ranks == (8, 2) and configs("--method=flexlora")[0].ranks is None
+    task = tasks.get(config.task)
+    strategy = prepare.strategy_of(config, task)
+    assert strategy.wire_of == 2
 
 
 def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):

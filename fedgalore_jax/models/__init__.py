@@ -2,7 +2,7 @@
 
 from fedgalore_jax.models.functional import ModelFns
 from fedgalore_jax.models.generate import generate
-from fedgalore_jax.models.peft import save_adapter
+from fedgalore_jax.models.peft import adapter_paths, save_adapter
 from fedgalore_jax.models.weights import load, save
 
-__all__ = ["ModelFns", "generate", "load", "save", "save_adapter"]
+__all__ = ["ModelFns", "adapter_paths", "generate", "load", "save", "save_adapter"]

@@ -46,9 +46,7 @@ def save_adapter(
       The layout is peft's LoRA checkpoint [V2].
     """
     family, slots, head = configs.family_of(fns.config), slots_of(fns), head or {}
-    leaves = {slot.path: slot for slot in slots.values()}
-    heads = {leaf for leaf in leaves if re.match(family.HEAD, leaf)}
-    kernels = {leaf for leaf, slot in leaves.items() if slot.layer is not None and leaf.endswith("/kernel")}
+    kernels, heads = adapter_paths(fns)
     if strange := sorted(factors.keys() - kernels):
         raise ValueError(f"factors of {', '.join(strange)}: an adapter has kernels of layers only")
     if head and head.keys() != heads:
@@ -88,6 +86,13 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
     safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+
+
+def adapter_paths(fns: ModelFns) -> tuple[set[str], set[str]]:
+    """What an adapter can hold: paths of kernels in layers, and those of the head."""
+    head, slots = configs.family_of(fns.config).HEAD, slots_of(fns).values()
+    kernels = {slot.path for slot in slots if slot.layer is not None and slot.path.endswith("/kernel")}
+    return kernels, {slot.path for slot in slots if re.match(head, slot.path)}
 
 
 def _module(family: Any, name: str) -> str:

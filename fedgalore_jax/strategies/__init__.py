@@ -27,41 +27,45 @@ from fedgalore_jax.strategies.flora import flora
 from fedgalore_jax.strategies.fr_lora import fr_lora
 from fedgalore_jax.strategies.galore_avg import galore_avg
 from fedgalore_jax.strategies.hetlora import hetlora
+from fedgalore_jax.strategies.ilora import ilora
 from fedgalore_jax.strategies.lora_a2 import lora_a2
 from fedgalore_jax.strategies.lora_fair import lora_fair
 from fedgalore_jax.strategies.rolora import rolora
 from fedgalore_jax.strategies.scaffold import scaffold
 from fedgalore_jax.strategies.ssf import ssf
 
-_STRATEGIES = {
-    "fedadamw": fedadamw,
-    "fedavg": fedavg,
-    "feddyn": feddyn,
-    "fedex_lora": fedex_lora,
-    "fedgalore": fedgalore,
-    "fedglomo": fedglomo,
-    "fedit": fedit,
-    "fedlada": fedlada,
-    "fedlore": fedlore,
-    "fedopt": fedopt,
-    "fedprox": fedprox,
-    "fedsa_lora": fedsa_lora,
-    "fedslop": fedslop,
-    "fedsmoo": fedsmoo,
-    "fedzmg": fedzmg,
-    "ffa_lora": ffa_lora,
-    "flexlora": flexlora,
-    "flora": flora,
-    "fr_lora": fr_lora,
-    "galore_avg": galore_avg,
-    "hetlora": hetlora,
-    "lora_a2": lora_a2,
-    "lora_fair": lora_fair,
-    "rolora": rolora,
-    "scaffold": scaffold,
-    "ssf": ssf,
+_GROUPS = {
+    "full": (
+        fedadamw,
+        fedavg,
+        feddyn,
+        fedglomo,
+        fedlada,
+        fedopt,
+        fedprox,
+        fedsmoo,
+        fedzmg,
+        scaffold,
+    ),
+    "subspace": (fedgalore, fedlore, fedslop, galore_avg, ssf),
+    "lora": (
+        fedex_lora,
+        fedit,
+        fedsa_lora,
+        ffa_lora,
+        flexlora,
+        flora,
+        fr_lora,
+        hetlora,
+        ilora,
+        lora_a2,
+        lora_fair,
+        rolora,
+    ),
 }
-_RANKS = ("flexlora", "flora", "hetlora")
+"""By what clients train of a kernel: all of it, a gradient subspace, LoRA factors."""
+_STRATEGIES = {method.__name__: method for group in _GROUPS.values() for method in group}
+_RANKS = ("flexlora", "flora", "hetlora", "ilora")
 """Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
 
@@ -69,6 +73,13 @@ _COMMON = tuple(field.name for field in fields(Common))
 def names() -> tuple[str, ...]:
     """All strategies' names, sorted."""
     return tuple(sorted(_STRATEGIES))
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Strategies' names by what clients train of a kernel, and "all"."""
+    return {"all": names()} | {
+        name: tuple(method.__name__ for method in group) for name, group in _GROUPS.items()
+    }
 
 
 def options(name: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ import optax
 
 from fedgalore_jax import tree
 from fedgalore_jax.optimizer import Schedule, adamw_tail, scale_by_warm_adam
-from fedgalore_jax.types import Array, Flat, Params, Tree
+from fedgalore_jax.types import Array, Flat, LoRA, Params, Tree
 
 ROLES = ("adapt", "train", "freeze")
 """What a method does with a parameter: `adapt` kernels are trained in whatever form the method has for
@@ -150,6 +150,8 @@ class Strategy(NamedTuple):
         later; what is relayed counts as well.
       wire_of: over how many rounds (or clients) the trees of `wire_down` and `wire_up` extend, for methods
         whose rounds or clients differ; bytes are their mean.
+      adapter: `(state) -> (factors, lora_alpha)`, for methods whose kernels never move: the model is
+        `kernel + lora_alpha / r * a @ b` of the original kernels, next to its plainly trained leaves.
       personal: whether every client has a model of its own, to be evaluated on its own data.
     """
 
@@ -167,6 +169,7 @@ class Strategy(NamedTuple):
     relay: Callable[[Tree], Tree] = lambda stack: ()
     catch_up: Callable[[Download], Tree] = lambda download: ()
     wire_of: int = 1
+    adapter: Callable[[Any], tuple[dict[str, LoRA], float]] | None = None
     personal: bool = False
 
 

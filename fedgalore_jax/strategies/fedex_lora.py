@@ -50,4 +50,5 @@ def fedex_lora(common: Common, *, client: str = "adamw") -> Strategy:
         wire_down=lambda download: factors_of(download.trainable)[1],
         wire_up=lambda upload: (upload.stack, factors_of(upload.mean["change"])[1]),
         relay=lambda stack: stack,
+        adapter=None,
     )

@@ -12,7 +12,7 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
                   basis=own or client_weights=dense: mn + rn per synchronised moment
   up              rn (Z) + rn per synchronised moment; basis=own: + mr;
                   client_weights=dense: mn + rn per synchronised moment
-  kept by client  nothing (the base model; a client that missed rounds replays or reloads it)
+  kept by client  nothing (the base model; for each round that it missed, rn, and mr with basis=server)
   re-initialised  sync=none: both moments, every round; sync_first=false or basis=own: the first moment
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
@@ -283,4 +283,12 @@ def fedgalore(
                 sent["mu"] = adam.mu
         return sent
 
-    return Strategy(init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down)
+    def missed(download):
+        """What replays a round; own bases and dense weights come with the whole model anyway."""
+        if own or dense:
+            return ()
+        return download.extra.step, download.extra.basis if basis == "server" else ()
+
+    return Strategy(
+        init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down, catch_up=missed
+    )

@@ -20,7 +20,7 @@ import optax
 from fedgalore_jax import tree
 from fedgalore_jax.strategies.base import Common, ServerState, Strategy, add
 from fedgalore_jax.strategies.fedavg import fedavg
-from fedgalore_jax.strategies.lora import fresh_factors, merged, with_adapters
+from fedgalore_jax.strategies.lora import factors_of, fresh_factors, merged, with_adapters
 
 
 def fedit(
@@ -57,6 +57,9 @@ def fedit(
         del client_state
         return merged(with_adapters(state.frozen, state.trainable, common.lora_scale))
 
+    def adapter(state):
+        return factors_of(state.trainable)[0], common.lora_scale * common.rank
+
     return fedavg(common, tx, client=client)._replace(
-        init=init, assemble=assemble, aggregate=aggregate, export=export
+        init=init, assemble=assemble, aggregate=aggregate, export=export, adapter=adapter
     )

@@ -10,7 +10,7 @@ Ledger (m x n kernel, floats per client and round)
   frozen          the basis [m, r]; freeze leaves
   down            rn (mean Z), and a seed (basis=shared) or mr (basis=server)
   up              rn
-  kept by client  nothing (the base model; a client that missed rounds replays or reloads it)
+  kept by client  nothing (the base model; for each round that it missed, rn, and mr with basis=server)
   re-initialised  the basis and both moments, every round
 """
 

@@ -71,5 +71,11 @@ def fedsa_lora(common: Common, *, client: str = "adamw") -> Strategy:
         return merged(with_adapters(state.frozen, trainable, common.lora_scale))
 
     return base._replace(
-        init=init, client_init=client_init, start=start, finish=finish, export=export, personal=True
+        init=init,
+        client_init=client_init,
+        start=start,
+        finish=finish,
+        export=export,
+        adapter=None,
+        personal=True,
     )

@@ -37,12 +37,15 @@ def ffa_lora(common: Common, *, client: str = "adamw") -> Strategy:
         b = {path: leaf.b for path, leaf in factors.items()}
         return state._replace(trainable=b | rest, extra={path: leaf.a for path, leaf in factors.items()})
 
+    def pairs(state, trainable):
+        return {path: LoRA(a, trainable[path]) for path, a in state.extra.items()}
+
     def model(state, trainable):
-        pairs = {path: LoRA(a, trainable[path]) for path, a in state.extra.items()}
-        return with_adapters(state.frozen, trainable | pairs, common.lora_scale)
+        return with_adapters(state.frozen, trainable | pairs(state, trainable), common.lora_scale)
 
     return base._replace(
         init=init,
         assemble=lambda download, trainable, extra: model(download, trainable),
         export=lambda state, client_state=None: merged(model(state, state.trainable)),
+        adapter=lambda state: (pairs(state, state.trainable), common.lora_scale * common.rank),
     )

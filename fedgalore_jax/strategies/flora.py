@@ -96,4 +96,5 @@ def flora(common: Common, *, client: str = "adamw") -> Strategy:
         wire_up=lambda upload: by_rank(common, upload),
         wire_of=wire_of(common),
         relay=relay,
+        adapter=None,
     )

@@ -69,4 +69,5 @@ def fr_lora(common: Common, *, client: str = "adamw") -> Strategy:
         aggregate=aggregate,
         wire_down=lambda download: (factors_of(download.trainable)[1], download.extra),
         catch_up=lambda download: download.extra,
+        adapter=None,
     )

@@ -53,15 +53,21 @@ def at_rank(flat: Flat, rank: Array) -> Flat:
 
     Where both are zero, both gradients are zero: such slots neither move, nor gather moments, nor decay.
     """
+    largest = max((leaf.a.shape[-1] for leaf in flat.values() if is_lora(leaf)), default=0)
+    return along_rank(flat, jnp.arange(largest) < rank)
 
-    def cut(leaf):
+
+def along_rank(flat: Flat, factors: Array) -> Flat:
+    """Multiplies the columns of `a` and the rows of `b` by factors `[r]`; other leaves stay."""
+
+    def one(leaf):
         if not is_lora(leaf):
             return leaf
-        keep = (jnp.arange(leaf.a.shape[-1]) < rank).astype(leaf.a.dtype)
-        a = leaf.a * jnp.broadcast_to(keep, leaf.a.shape)
-        return LoRA(a, leaf.b * jnp.broadcast_to(keep[:, None], leaf.b.shape))
+        by = factors.astype(leaf.a.dtype)
+        a = leaf.a * jnp.broadcast_to(by, leaf.a.shape)
+        return LoRA(a, leaf.b * jnp.broadcast_to(by[:, None], leaf.b.shape))
 
-    return {path: cut(leaf) for path, leaf in flat.items()}
+    return {path: one(leaf) for path, leaf in flat.items()}
 
 
 def scale_of(common: Common, rank: Array) -> Array:
