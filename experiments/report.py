@@ -15,7 +15,7 @@ def result_line(result: Result, out_dir: pathlib.Path) -> str:
     summary = result.summary
     final = ", ".join(f"{name} {value:.4f}" for name, value in summary["final"].items())
     return (
-        f"{summary['method']}: test {final} after {summary['rounds']} rounds"
+        f"{summary['method']}: test {final} after {summary['kept']['round']} rounds"
         f" (validation {summary['metric']} {summary['validation']['final']:.4f}); in {out_dir}"
     )
 

@@ -18,8 +18,8 @@ class Config:
       task: what is learned, see `tasks.names()`.
       data: a file or folder: your own data (tasks text, images, sft), or a local copy of a task's.
       text_column: of your data; two, comma-separated, are a pair of sentences.
-      label_column: of your data; for task sft, the answer's.
-      client_column: of your data; its values are the clients (with partition "domain").
+      label_column: of your data, for task text.
+      client_column: of your data; its values are the domains of the partition.
       max_length: tokens kept of a text; what the model has positions for if None.
       model: a model directory in Hugging Face's layout, or a model the package ships; the task's if None.
       new_head: start with a new, random head even where the model's own would fit.
@@ -47,13 +47,14 @@ class Config:
       adapt: path regexes of the kernels that a method adapts, comma-separated.
       train: path regexes of the leaves that every method trains plainly, comma-separated (others are
         frozen); the task's, its model's head, if None.
-      partition: how samples are dealt to clients, see `data.PARTITIONS`.
+      partition: how samples are dealt to clients, see `data.PARTITIONS`. By default "domain" with a
+        `client_column`, "dirichlet" where there are classes to skew, else "iid".
       alpha: concentration of the Dirichlet partitions; small is skewed.
       shards: classes a client has in the "shards" partition.
       sigma: of the log-normal client sizes in the "quantity" partition.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
       eval_every: rounds between evaluations on the validation split.
-      eval_samples: at most so many samples of each validation and test split, the first ones; all if None.
+      eval_samples: at most so many samples of each validation and test split; all if None.
       keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
       seed: of every random choice.
       out_dir: where the run is written; nothing is written if None.
@@ -88,7 +89,7 @@ class Config:
     dropout: float | None = None
     adapt: str = "layers/.*kernel"
     train: str | None = None
-    partition: str = "dirichlet"
+    partition: str | None = None
     alpha: float = 0.1
     shards: int = 2
     sigma: float = 1.0

@@ -69,8 +69,11 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     strategy = strategy_of(config, task)
     dataset = load_data(config, task) if dataset is None else dataset
     federation = federate(config, dataset)
-    if strategy.personal and (dataset.num_labels < 2 or dataset.train.labels.ndim > 1):
-        raise ValueError(f"{config.method} has a model per client, which needs a task with classes")
+    if strategy.personal and (not dataset.label_names or "domain" in partition_of(config, dataset)):
+        raise ValueError(
+            f"{config.method} has a model per client, each judged on its share of the classes:"
+            " it needs a task with classes, and a partition that deals by them"
+        )
     fns, params = load_model(config, task, dataset) if model is None else model
     machine = engine.Engine(
         strategy,
@@ -146,13 +149,18 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
 
 def load_data(config: Config, task: tasks.Task) -> Dataset:
     """The task's data as the model of the config reads it."""
+    path = model_path(config, task)
+    if models.is_decoder(path) != task.answers:
+        needed = "a language model" if task.answers else "a classifier"
+        raise ValueError(f"{config.task} needs {needed}, and {path} is none: give another --model")
     dataset = task.load(source(config, task))
     return dataset.judged_by(config.eval_samples) if config.eval_samples else dataset
 
 
 def source(config: Config, task: tasks.Task) -> Source:
     """What the config says of the data, and the model whose tokenizer and image size they are read with."""
-    names = ("data", "text_column", "label_column", "client_column", "max_length", "seed")
+    # Not the run's seed: a model is never tested on what another seed trained it on.
+    names = ("data", "text_column", "label_column", "client_column", "max_length")
     fields = {name: getattr(config, name) for name in names}
     return Source(model=model_path(config, task), cache=default_cache(), **fields)
 
@@ -162,7 +170,7 @@ def federate(config: Config, dataset: Dataset) -> FederatedData:
     parts = partition(
         dataset.classes,
         config.clients,
-        kind=config.partition,
+        kind=partition_of(config, dataset),
         alpha=config.alpha,
         rng=np.random.default_rng([config.seed, PARTITION]),
         domains=dataset.domains,
@@ -170,6 +178,19 @@ def federate(config: Config, dataset: Dataset) -> FederatedData:
         sigma=config.sigma,
     )
     return FederatedData(parts, config.seed)
+
+
+def partition_of(config: Config, dataset: Dataset) -> str:
+    """How samples are dealt: as the config says, or as the data suggest."""
+    skewable = len(np.unique(dataset.classes)) > 1
+    kind = config.partition
+    if kind is None:
+        return "domain" if config.client_column else "dirichlet" if skewable else "iid"
+    if config.client_column and "domain" not in kind:
+        raise ValueError(f"client_column={config.client_column!r} has no effect: give --partition=domain")
+    if not skewable and ("dirichlet" in kind or kind == "shards"):
+        raise ValueError(f"partition={kind!r} skews classes, and {config.task} has one: give another")
+    return kind
 
 
 def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
@@ -184,10 +205,31 @@ def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
         dropout=config.dropout,
         key=jax.random.fold_in(jax.random.key(config.seed), 0),
     )
-    names = dataset.label_names
-    if names and dataset.num_labels == len(names):  # the saved model then answers by name
-        fns = fns._replace(config=dataclasses.replace(fns.config, labels=names))
-    return fns, params
+    return with_classes(fns, dataset, drawn=config.new_head), params
+
+
+def with_classes(fns: models.ModelFns, dataset: Dataset, *, drawn: bool) -> models.ModelFns:
+    """The model with the data's classes in the data's order.
+
+    Args:
+      fns: a model, with as many labels as the data.
+      dataset: whose classes are meant.
+      drawn: its head is new and knows no classes yet; one that names none (`LABEL_0`) neither.
+
+    Raises:
+      ValueError: the head was trained for other classes.
+    """
+    names, own = dataset.label_names, getattr(fns.config, "labels", ())
+    if not names or own == names:
+        return fns
+    if drawn or all(label.startswith("LABEL_") for label in own):  # the saved model then answers by name
+        return fns._replace(config=dataclasses.replace(fns.config, labels=names))
+    if set(own) != set(names):
+        raise ValueError(f"the model's classes are {', '.join(own)}, the data's {', '.join(names)}")
+    order = np.array([own.index(name) for name in names])
+    return fns._replace(
+        apply=lambda params, inputs, *, key=None: fns.apply(params, inputs, key=key)[:, order]
+    )
 
 
 def model_path(config: Config, task: tasks.Task) -> pathlib.Path:

@@ -10,7 +10,7 @@ from fedgalore_jax import models, tasks
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Generation
 from fedgalore_jax.evaluation import evaluator, generated, test_metrics
-from fedgalore_jax.prepare import Model, load_data, model_path, source
+from fedgalore_jax.prepare import Model, load_data, model_path, source, with_classes
 
 
 def evaluate(config: Config) -> dict[str, float]:
@@ -22,6 +22,7 @@ def evaluate(config: Config) -> dict[str, float]:
     task = tasks.get(config.task)
     dataset = load_data(config, task)
     fns, params = _as_saved(config, task, dataset.num_labels)
+    fns = with_classes(fns, dataset, drawn=False)
     asked = evaluator(task, fns)
     return test_metrics(
         lambda split: asked.metrics(params, split),

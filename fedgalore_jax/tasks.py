@@ -54,6 +54,11 @@ class Task(NamedTuple):
     read: Callable[[Source, str], Asked]
     eval_batch: int = 256
 
+    @property
+    def answers(self) -> bool:
+        """Whether a language model answers; other tasks need a classifier."""
+        return self.outputs is answer_outputs
+
 
 def cross_entropy(logits: Array, batch: Batch) -> Array:
     """Mean cross-entropy over the real samples of a batch.

@@ -166,6 +166,7 @@ class _Loop:
             state = start(config, machine, self.prepared.params)
             record = {"round": 0} | self.measure(state, self.prepared.dataset.validation)
             self.write(record, history)
+            self.best = state if config.keep == "best" else None
             progress.show(0, f"{self.metric} {record[self.metric]:.3f}  compiling")
             rounds_of = self.prepared.program.compile()
             began, pending = time.perf_counter(), None
@@ -198,8 +199,8 @@ class _Loop:
             record |= {name: value[i].tolist() for name, value in metrics.items()}
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.dataset.validation)
-                if self.config.keep == "best" and record[self.metric] > self.reached(history):
-                    self.best = state
+                if record[self.metric] > self.reached(history):
+                    self.best = state if self.config.keep == "best" else None
             if wild := [name for name in ("train_loss", "loss") if not np.isfinite(record.get(name, 0))]:
                 raise FloatingPointError(
                     f"{wild[0]} is {record[wild[0]]} in round {t + 1}: lower --lr, or set --clip"
@@ -217,8 +218,8 @@ class _Loop:
         return done % self.config.eval_every == 0 or done == self.config.rounds
 
     def reached(self, history: list) -> float:
-        """The best validation metric of the trained rounds so far."""
-        return max((h[self.metric] for h in history[1:] if self.metric in h), default=-np.inf)
+        """The best validation metric so far."""
+        return max(h[self.metric] for h in history if self.metric in h)
 
     def measure(self, state: engine.RunState, split: Split) -> dict[str, float]:
         """The task's metrics on a split: of the global model, or of each client's own on its share."""
@@ -239,6 +240,7 @@ class _Loop:
         """Totals, and the test split's one use."""
         judged = [record for record in history if self.metric in record]
         best = max(judged, key=lambda record: record[self.metric])
+        kept = best if self.config.keep == "best" else judged[-1]
         config, wire = self.config, self.prepared.wire
         fns = self.prepared.fns
         final = test_metrics(
@@ -250,9 +252,9 @@ class _Loop:
             "method": config.method,
             "metric": self.metric,
             "final": final,
-            "validation": {"final": judged[-1][self.metric], "initial": judged[0][self.metric]},
+            "validation": {"final": kept[self.metric], "initial": judged[0][self.metric]},
             "best": {"round": best["round"], self.metric: best[self.metric]},
-            "kept": config.keep,
+            "kept": {"which": config.keep, "round": kept["round"]},
             "personal": self.personal,
             "rounds": config.rounds,
             "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},

@@ -1,5 +1,6 @@
 """The README's Python runs, and what it names exists."""
 
+import itertools
 import pathlib
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 from problem import OPTIONS, K, N, loss, params, plan, samples
 
 from experiments import flags as our_flags
-from fedgalore_jax import engine, strategies
+from fedgalore_jax import engine, strategies, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,5 +61,12 @@ def test_flags_files_and_methods_it_names_exist():
             assert flag in values or flag == "flagfile", flag
     for file in re.findall(r"--flagfile=(\S+)", README):
         assert (ROOT / file).exists(), file
-    table = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert set(table) == set(strategies.names())
+    assert names_in("| method | trains |") == set(strategies.names())
+    assert {name.replace("…", "glue") for name in names_in("| task | data |")} == set(tasks.names())
+
+
+def names_in(header: str) -> set[str]:
+    """What is set as code in the first column of the table with that header."""
+    _, _, rest = README.partition(header)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines()[2:])
+    return {name for row in rows for name in re.findall(r"`(\S+)`", row.split("|")[1])}

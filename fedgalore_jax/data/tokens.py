@@ -76,8 +76,9 @@ def positions(model: pathlib.Path) -> int:
     config = json.loads(path.read_text(encoding="utf-8"))
     most = config.get("max_position_embeddings", 2**31 - 1)
     # RoBERTa counts positions from the padding token's id + 1 (models/roberta in transformers) [V].
-    roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    return most - (config.get("pad_token_id", 1) + 1) * roberta
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        return most - config.get("pad_token_id", 1) - 1
+    return most
 
 
 def default_cache() -> pathlib.Path:

@@ -69,6 +69,11 @@ def family_of(config: Any) -> Any:
     return next(f for f in FAMILIES.values() if type(config) is f.Config)
 
 
+def is_decoder(path: pathlib.Path) -> bool:
+    """Whether a directory's model continues text; others classify."""
+    return not hasattr(read(path, None, None)[1], "labels")
+
+
 def to_json(config: Any) -> dict[str, dict]:
     """The JSON files that belong beside the weights, by name."""
     family = family_of(config)
@@ -95,12 +100,14 @@ def _fill(cls: type, raw: dict) -> Any:
             if field.default is dataclasses.MISSING:
                 problems.append(f"{field.name} is missing")
             continue
-        value = raw[field.name]
+        value, kinds = raw[field.name], typing.get_args(field.type) or (field.type,)
+        if value is None and field.default is not dataclasses.MISSING and type(None) not in kinds:
+            continue  # JSON's null is "not given"
         if field.type is tuple and isinstance(value, list):
             value = tuple(value)
         if field.type is float and type(value) is int:
             value = float(value)
-        if type(value) not in (typing.get_args(field.type) or (field.type,)):
+        if type(value) not in kinds:
             problems.append(
                 f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}"
             )
