@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_vit
 from test_launch import SMALL, launch, lines
 
 from fedgalore_jax import models, prepare, tasks, train
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Split
+from fedgalore_jax.data import Split, digits
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, in_batches
@@ -122,3 +123,29 @@ def test_fewer_samples_may_judge():
     assert len(few.validation.labels) == len(few.test.labels) == 30 < len(whole.test.labels)
     np.testing.assert_array_equal(few.test.labels, whole.test.labels[:30])
     np.testing.assert_array_equal(few.train.labels, whole.train.labels)
+
+
+def test_classes_are_compared_by_name():
+    """A head for the same classes in another order answers in the data's order; other classes are refused."""
+    fns, params = models.load(tiny_vit.SHIPPED)
+    split = digits.load().test.take(np.arange(20))
+    plain = np.asarray(fns.apply(params, {"pixel_values": jnp.asarray(split.inputs["pixel_values"])}))
+    dataset = digits.load()
+    turned = dataset._replace(label_names=tuple("1032456789"))
+    other = prepare.with_classes(fns, turned, drawn=False)
+    got = np.asarray(other.apply(params, {"pixel_values": jnp.asarray(split.inputs["pixel_values"])}))
+    np.testing.assert_array_equal(got, plain[:, [1, 0, 3, 2, 4, 5, 6, 7, 8, 9]])
+    assert prepare.with_classes(fns, dataset, drawn=False) is fns
+    letters = dataset._replace(label_names=tuple("abcdefghij"))
+    with pytest.raises(ValueError, match=r"the model.s classes are 0, 1, 2.* the data.s a, b, c"):
+        prepare.with_classes(fns, letters, drawn=False)
+    assert prepare.with_classes(fns, letters, drawn=True).config.labels == tuple("abcdefghij")
+
+
+def test_another_seed_is_tested_on_the_same_samples():
+    """The run's seed deals clients and batches; it never moves a sample between training and test."""
+    splits = [prepare.load_data(Config(seed=seed), tasks.get("digits")) for seed in (0, 1)]
+    np.testing.assert_array_equal(splits[0].test.labels, splits[1].test.labels)
+    assert prepare.source(Config(seed=0), tasks.get("digits")) == prepare.source(
+        Config(seed=1), tasks.get("digits")
+    )

@@ -23,6 +23,7 @@ from tiny_vit import (
 
 from fedgalore_jax import models
 from fedgalore_jax.data import digits
+from fedgalore_jax.models import configs
 
 
 def test_files_survive_the_round_trip(tmp_path):
@@ -194,3 +195,12 @@ def test_save_refuses_what_is_not_the_model(tmp_path):
     with pytest.raises(ValueError, match="classifier/kernel"):
         models.save(tmp_path / "model", fns, {**params, "classifier": {}})
     assert not list(tmp_path.iterdir())
+
+
+def test_null_in_a_config_means_not_given(tmp_path):
+    """`transformers` writes `"classifier_dropout": null` for every BERT."""
+    transformers = pytest.importorskip("transformers")
+    transformers.BertConfig(num_labels=2).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["classifier_dropout"] is None
+    _, config = configs.read(tmp_path, None, None)
+    assert config.head_dropout == config.hidden_dropout_prob == 0.1
