@@ -172,6 +172,13 @@ def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
         TEXT.load(Source(model, str(tmp_path), client_column="user"))
 
 
+def test_an_index_is_no_label_where_the_classes_have_names_from_the_data(model, tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", [("a", "0", "c0")])
+    with pytest.raises(ValueError, match="label '0' of the test split is unknown: the classes are bad, good"):
+        TEXT.load(Source(model, str(tmp_path)))
+
+
 def test_a_model_without_a_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="has no tokenizer: it needs one of tokenizer"):

@@ -85,7 +85,10 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
     """
     labels = {name: tables.columns(table, [where.label], name)[0] for name, table in found.items()}
     names = class_names(labels["train"], where.names)
-    encoded_labels = {name: numbers(values, names, name) for name, values in labels.items()}
+    encoded_labels = {
+        name: numbers(values, names, name, by_index=where.names is not None)
+        for name, values in labels.items()
+    }
     notes: list[str] = []
     parts: dict[str, Split] = {}
     limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
@@ -126,14 +129,15 @@ def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[st
         return tuple(sorted(found))
 
 
-def numbers(values: Sequence[Any], names: tuple[str, ...], where: str) -> np.ndarray:
+def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_index: bool) -> np.ndarray:
     """Labels as class indices int32, or as float32 where there are no classes.
 
-    A label is a class's name or, where names were given, its index too.
+    A label is a class's name or, if `by_index`, its index too.
     """
     if not names:
         return np.array([float(value) for value in values], np.float32)
-    index = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    index = {str(i): i for i in range(len(names))} if by_index else {}
+    index |= {name: i for i, name in enumerate(names)}
     strings = [str(value) for value in values]
     if unknown := sorted(set(strings) - set(index)):
         raise ValueError(
