@@ -63,12 +63,15 @@ def test_glue_from_a_folder_of_its_schema(name, model, tmp_path):
     count = max(len(where.names), 1)
     for split in ("train", "validation_matched", "validation_mismatched", "validation"):
         rows = [(*[f"a film {i}"] * len(where.texts), i % count if where.names else i / 7) for i in range(40)]
+        rows[7] = (*[""] * len(where.texts), rows[7][-1])
         write(tmp_path / f"{split}.jsonl", rows, (*where.texts, "label"))
     task = tasks.get(f"glue/{name}")
     data = task.load(Source(model, str(tmp_path)))
     assert [len(s.labels) for s in data[:3]] == [38, 2, 40]
     assert data.num_labels == count and ("mismatched" in data.more_tests) == (name == "mnli")
     pair = data.train.inputs["token_type_ids"].max() == 1
+    empty = data.test.inputs["attention_mask"].sum(1) == len(where.texts) + 1
+    assert np.flatnonzero(empty).tolist() == [7]  # QQP has such questions
     assert pair == (len(where.texts) == 2)
     regression = name == "stsb"
     assert data.train.labels.dtype == (np.float32 if regression else np.int32)
@@ -148,7 +151,10 @@ def test_bad_arguments(case, model, tmp_path):
         ("train.csv", "text,label\na,b,c\n", "line 2: 3 fields, the header has 2"),
         ("train.jsonl", "{\n", "line 1 is not JSON"),
         ("train.jsonl", '{"text": "a"}\n{"label": 1}\n', "column 'text' of train is empty in sample 2"),
+        ("train.csv", "text,label\na,1\nb,\n", "column 'label' of train is empty in sample 2"),
+        ("train.csv", "text,label\n ,1\nb,2\n", "column 'text' of train is empty in sample 1: fill it"),
         ("train.json", '{"text": "a"}', "must hold objects"),
+        ("train_1.csv", "text,label\na,1\nb,2\n", "has no train.csv, .jsonl or .parquet: there is train_1"),
         ("train.parquet", "no", "is not a parquet file"),
         ("other.csv", "a\n1\n", "has no train.csv"),
         ("train.jsonl", '{"text": "a", "label": 1}\n' * 20, "all training labels are '1'"),
@@ -169,6 +175,9 @@ def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
         TEXT.load(Source(model, str(tmp_path)))
     write(tmp_path / "test.jsonl", [("a", "good", "c9")])
     with pytest.raises(ValueError, match="client 'c9' of the test split has no training sample"):
+        TEXT.load(Source(model, str(tmp_path), client_column="user"))
+    write(tmp_path / "train.jsonl", [*ROWS, ("a", "good", "")])
+    with pytest.raises(ValueError, match="column 'user' of train is empty in sample 61"):
         TEXT.load(Source(model, str(tmp_path), client_column="user"))
 
 

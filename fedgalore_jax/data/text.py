@@ -94,7 +94,9 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
     limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
     pad, with_types = tokens.special(source.model)
     for name, table in found.items():
-        texts = [[str(value) for value in column] for column in tables.columns(table, where.texts, name)]
+        # A user's texts were looked at in `load`; of QQP's questions two are empty, and stay.
+        columns = tables.columns(table, where.texts, name, blank=True)
+        texts = [[str(value) for value in column] for column in columns]
         pairs = texts[1] if len(texts) == 2 else None
         encoded = tokens.encode(source.model, texts[0], pairs, limit, source.cache)
         if encoded.cut:
