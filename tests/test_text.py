@@ -181,6 +181,14 @@ def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
         TEXT.load(Source(model, str(tmp_path), client_column="user"))
 
 
+def test_only_training_needs_clients(model, tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", [row[:2] for row in ROWS[:5]], ("text", "label"))
+    data = TEXT.load(Source(model, str(tmp_path), client_column="user"))
+    assert data.domain_names == ("c0", "c1", "c2") and len(data.test.labels) == 5
+    assert len(data.domains) == len(data.classes) == 54
+
+
 def test_an_index_is_no_label_where_the_classes_have_names_from_the_data(model, tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "test.jsonl", [("a", "0", "c0")])

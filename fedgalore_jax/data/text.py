@@ -42,10 +42,10 @@ def load(source: Source) -> Dataset:
         raise ValueError("data is missing: give a csv, jsonl or parquet file, or a folder with train.csv")
     found = tables.splits(source.data)
     where = Columns(texts, source.label_column, None, source.client_column)
-    wanted = [*where.texts, where.label, *([where.domain] if where.domain else [])]
     for name, table in found.items():
-        tables.columns(table, wanted, name)
+        tables.columns(table, [*where.texts, where.label], name)
     keep = (where.label, *([where.domain] if where.domain else []))
+    tables.columns(found["train"], keep, "train")
     return classification(tables.three(found, source.seed, keep), where, source)
 
 
