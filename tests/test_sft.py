@@ -131,6 +131,38 @@ def test_metamath_to_gsm8k_from_files_of_their_schema(model, tmp_path):
     ] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_metamath_validates_on_problems_it_does_not_train_on(model, tmp_path, monkeypatch, original):
+    """Forty problems in four rows each, two of them with the same query; one query is of two problems."""
+    train, seen = [], {}
+    for i in range(160):
+        problem, query = i // 4, "what is x ?" if i in (0, 4) else f"{i // 4} + {i % 4 // 2} ?"
+        train.append({"query": query, "response": f"The answer is: {i}", "type": "GSM_AnsAug"})
+        train[-1] |= {"original_question": f"problem {problem}"} if original else {}
+    train.append(train[-1] | {"query": " "})
+    write(tmp_path / "train.jsonl", train)
+    write(tmp_path / "test.jsonl", [{"question": "2 + 2 ?", "answer": "#### 4"}] * 3)
+
+    def build(parts, *rest):
+        seen.update(parts)
+        return sft_build(parts, *rest)
+
+    sft_build = sft.build
+    monkeypatch.setattr(sft, "build", build)
+    held_problems = set()
+    for seed in range(12):
+        data = tasks.get("metamath").load(Source(model, str(tmp_path), seed=seed))
+        asked, learned = set(seen["validation"].prompts), set(seen["train"].prompts)
+        assert asked and not asked & learned and "" not in asked | learned
+        assert len(seen["validation"].prompts) in ((16,) if original else (14, 15, 16))
+        held = {int(answer.split()[-1]) // 4 for answer in seen["validation"].answers}
+        trained = {int(answer.split()[-1]) // 4 for answer in seen["train"].answers}
+        assert not original or not held & trained
+        held_problems |= held
+        assert data.notes[0] == "1 of 161 training samples have an empty query and were left out"
+    assert not original or held_problems & {0, 1}, "no seed held a problem with a shared query"
+
+
 def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     try:
         packages.find("reasoning-gym")
