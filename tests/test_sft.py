@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
+from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
@@ -58,7 +59,7 @@ def test_a_perfect_answer_scores_and_text_after_the_end_does_not_count(model, tm
 def test_loss_and_outputs_against_numpy_and_under_more_padding(model, tmp_path):
     task = tasks.get("sft")
     split = task.load(Source(model, write(tmp_path / "a.jsonl"))).train
-    wide = buckets.widen(split, split.labels.shape[1] + 16, 1)
+    wide = widen(split, split.labels.shape[1] + 16, 1)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(*wide.labels.shape, 330)).astype(np.float32)
     n = len(split.labels)

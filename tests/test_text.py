@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
+from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import Source, buckets, corpora, glue, packages, tables, tokens
@@ -113,7 +114,7 @@ def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
         *((f"a long story of a very small village {i} , a film , a film", "bad", "") for i in range(9)),
     ]
     train = TEXT.load(Source(model, write(tmp_path / "a.jsonl", rows))).train
-    wide = buckets.widen(train, 48, 0)
+    wide = widen(train, 48, 0)
     parts = buckets.split_by_length(wide)
     assert len(parts) == 2
     seen = np.concatenate([rows for rows, _ in parts])
