@@ -10,13 +10,16 @@ import collections
 import importlib
 import importlib.metadata
 import json
+import os
 import pathlib
+import shutil
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.launch import guarded
 from fedgalore_jax import models, tree
 from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.models import llama
@@ -160,8 +163,33 @@ ASSETS = {"smollm2": smollm2}
 """What can be made, and by what."""
 
 
+def make(asset: str, out: pathlib.Path) -> None:
+    """Makes an asset whole or not at all: beside its place first, and renamed at the end.
+
+    Args:
+      asset: one of `ASSETS`.
+      out: a directory that is empty or does not exist yet.
+
+    Raises:
+      FileExistsError: `out` holds something.
+      ValueError: a package is missing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out={str(out)!r} is in use: remove it, or choose a new directory")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        ASSETS[asset](partial)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def main() -> None:
-    """Makes one asset."""
+    """Makes the asset that the command line names."""
+    guarded(_main)
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("asset", choices=ASSETS)
     parser.add_argument(
@@ -169,10 +197,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     out = arguments.out or default_cache() / "models" / arguments.asset
-    try:
-        ASSETS[arguments.asset](out)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    make(arguments.asset, out)
     print(f"{arguments.asset}: {out}")
 
 

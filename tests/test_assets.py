@@ -37,6 +37,33 @@ def test_a_missing_package_says_what_to_install():
         assets.locate(assets.Package("numpy", "no_such_file", "pip install numpy"))
 
 
+def test_an_interrupted_asset_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def half(out):
+        out.mkdir(parents=True)
+        (out / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    def whole(out):
+        with pytest.raises(KeyboardInterrupt):
+            half(out)
+        (out / "model.safetensors").write_text("")
+
+    out = tmp_path / "models" / "tiny"
+    monkeypatch.setattr("sys.argv", ["assets.py", "tiny", f"--out={out}"])
+    for maker, status in ((half, 130), (whole, None), (whole, 2)):
+        monkeypatch.setattr(assets, "ASSETS", {"tiny": maker})
+        if status is None:
+            assets.main()
+        else:
+            with pytest.raises(SystemExit) as stop:
+                assets.main()
+            assert stop.value.code == status
+        assert [p.name for p in out.parent.iterdir()] == ([] if maker is half else ["tiny"])
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[1] == f"assets.py: out={str(out)!r} is in use: remove it, or choose a new directory"
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     try:

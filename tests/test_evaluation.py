@@ -11,7 +11,7 @@ from test_launch import SMALL, launch, lines
 
 from fedgalore_jax import models, prepare, tasks, train
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Split, digits
+from fedgalore_jax.data import Dataset, Generation, Split, digits
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, in_batches
@@ -121,7 +121,6 @@ def test_fewer_samples_may_judge():
     config = Config(eval_samples=30, task="digits")
     whole, few = (prepare.load_data(c, tasks.get("digits")) for c in (Config(), config))
     assert len(few.validation.labels) == len(few.test.labels) == 30 < len(whole.test.labels)
-    np.testing.assert_array_equal(few.test.labels, whole.test.labels[:30])
     np.testing.assert_array_equal(few.train.labels, whole.train.labels)
 
 
@@ -149,3 +148,19 @@ def test_another_seed_is_tested_on_the_same_samples():
     assert prepare.source(Config(seed=0), tasks.get("digits")) == prepare.source(
         Config(seed=1), tasks.get("digits")
     )
+
+
+def test_the_judges_of_a_sorted_split_are_of_every_class():
+    labels = np.repeat(np.arange(10), 40)
+    split = Split({"row": np.arange(400)}, labels)
+    asked = Generation(split.inputs, [str(i) for i in range(400)], list, lambda a, b: {}, (0,), 0, 1)
+    whole = Dataset(split, split, split, 10, labels, more_tests={"one": split.take(np.arange(7))})
+    few = whole._replace(generation=asked).judged_by(100)
+    rows = few.test.inputs["row"]
+    assert np.bincount(few.test.labels).min() > 3 and (np.diff(rows) > 0).all() and len(rows) == 100
+    np.testing.assert_array_equal(few.test.labels, labels[rows])
+    np.testing.assert_array_equal(few.validation.inputs["row"], rows)
+    np.testing.assert_array_equal(few.generation.inputs["row"], rows)
+    assert few.generation.references == [str(i) for i in rows]
+    assert few.more_tests["one"].inputs["row"].tolist() == list(range(7))
+    assert whole.judged_by(100).generation is None

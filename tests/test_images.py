@@ -66,6 +66,17 @@ def test_domains_have_tests_of_their_own_and_official_lists_count(model, tmp_pat
     assert np.bincount(data.domains).tolist() == [20, 18] and len(data.domains) == len(data.classes)
 
 
+def test_a_class_may_be_called_train(model, tmp_path):
+    """DomainNet has one; even folders inside it make it no split."""
+    root = fill(tmp_path / "data" / "clipart", ("tree", "train"))
+    data = tasks.get("images").load(Source(model, str(root)))
+    assert data.label_names == ("train", "tree") and np.bincount(data.train.labels).tolist() == [10, 10]
+    picture(root / "train" / "more" / "0.png", 1)
+    data = tasks.get("domainnet").load(Source(model, str(tmp_path / "data")))
+    assert data.label_names == ("train", "tree") and data.domain_names == ("clipart",)
+    assert sum(len(s.labels) for s in data[:3]) == 24
+
+
 def test_cifar_from_parquet_of_its_schema(model, tmp_path):
     import pyarrow
     from pyarrow import parquet

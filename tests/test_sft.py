@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
+from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
@@ -58,7 +59,7 @@ def test_a_perfect_answer_scores_and_text_after_the_end_does_not_count(model, tm
 def test_loss_and_outputs_against_numpy_and_under_more_padding(model, tmp_path):
     task = tasks.get("sft")
     split = task.load(Source(model, write(tmp_path / "a.jsonl"))).train
-    wide = buckets.widen(split, split.labels.shape[1] + 16, 1)
+    wide = widen(split, split.labels.shape[1] + 16, 1)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(*wide.labels.shape, 330)).astype(np.float32)
     n = len(split.labels)
@@ -129,6 +130,38 @@ def test_metamath_to_gsm8k_from_files_of_their_schema(model, tmp_path):
     assert data.generation.score(["so 4.0", "The answer is: 4", "5"], data.generation.references)[
         "exact_match"
     ] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_metamath_validates_on_problems_it_does_not_train_on(model, tmp_path, monkeypatch, original):
+    """Forty problems in four rows each, two of them with the same query; one query is of two problems."""
+    train, seen = [], {}
+    for i in range(160):
+        problem, query = i // 4, "what is x ?" if i in (0, 4) else f"{i // 4} + {i % 4 // 2} ?"
+        train.append({"query": query, "response": f"The answer is: {i}", "type": "GSM_AnsAug"})
+        train[-1] |= {"original_question": f"problem {problem}"} if original else {}
+    train.append(train[-1] | {"query": " "})
+    write(tmp_path / "train.jsonl", train)
+    write(tmp_path / "test.jsonl", [{"question": "2 + 2 ?", "answer": "#### 4"}] * 3)
+
+    def build(parts, *rest):
+        seen.update(parts)
+        return sft_build(parts, *rest)
+
+    sft_build = sft.build
+    monkeypatch.setattr(sft, "build", build)
+    held_problems = set()
+    for seed in range(12):
+        data = tasks.get("metamath").load(Source(model, str(tmp_path), seed=seed))
+        asked, learned = set(seen["validation"].prompts), set(seen["train"].prompts)
+        assert asked and not asked & learned and "" not in asked | learned
+        assert len(seen["validation"].prompts) in ((16,) if original else (14, 15, 16))
+        held = {int(answer.split()[-1]) // 4 for answer in seen["validation"].answers}
+        trained = {int(answer.split()[-1]) // 4 for answer in seen["train"].answers}
+        assert not original or not held & trained
+        held_problems |= held
+        assert data.notes[0] == "1 of 161 training samples have an empty query and were left out"
+    assert not original or held_problems & {0, 1}, "no seed held a problem with a shared query"
 
 
 def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):

@@ -101,9 +101,13 @@ def test_ssf_is_scaffold_in_the_subspace_and_backfills():
     [
         ("fedlore", {"basis": "own"}, "basis='own'"),
         ("fedslop", {"momentum": 1.0}, "momentum=1.0"),
-        ("fedslop", {"rank": 6}, "rank=6 is not usable: give less than 6"),
+        (
+            "fedslop",
+            {"rank": 6},
+            "rank=6 is no subspace of the left side of layers/kernel",
+        ),
         ("ssf", {"weight_decay": 0.1}, "weight_decay=0.1"),
-        ("ssf", {"rank": 6}, "rank=6 is not usable: give less than 6"),
+        ("ssf", {"rank": 6}, "rank=6 is no subspace of the left side of layers/kernel"),
         ("galore_avg", {"finder": "qr"}, "finder='qr'"),
     ],
 )

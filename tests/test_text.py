@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
+from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import Source, buckets, corpora, glue, packages, tables, tokens
@@ -63,12 +64,15 @@ def test_glue_from_a_folder_of_its_schema(name, model, tmp_path):
     count = max(len(where.names), 1)
     for split in ("train", "validation_matched", "validation_mismatched", "validation"):
         rows = [(*[f"a film {i}"] * len(where.texts), i % count if where.names else i / 7) for i in range(40)]
+        rows[7] = (*[""] * len(where.texts), rows[7][-1])
         write(tmp_path / f"{split}.jsonl", rows, (*where.texts, "label"))
     task = tasks.get(f"glue/{name}")
     data = task.load(Source(model, str(tmp_path)))
     assert [len(s.labels) for s in data[:3]] == [38, 2, 40]
     assert data.num_labels == count and ("mismatched" in data.more_tests) == (name == "mnli")
     pair = data.train.inputs["token_type_ids"].max() == 1
+    empty = data.test.inputs["attention_mask"].sum(1) == len(where.texts) + 1
+    assert np.flatnonzero(empty).tolist() == [7]  # QQP has such questions
     assert pair == (len(where.texts) == 2)
     regression = name == "stsb"
     assert data.train.labels.dtype == (np.float32 if regression else np.int32)
@@ -110,7 +114,7 @@ def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
         *((f"a long story of a very small village {i} , a film , a film", "bad", "") for i in range(9)),
     ]
     train = TEXT.load(Source(model, write(tmp_path / "a.jsonl", rows))).train
-    wide = buckets.widen(train, 48, 0)
+    wide = widen(train, 48, 0)
     parts = buckets.split_by_length(wide)
     assert len(parts) == 2
     seen = np.concatenate([rows for rows, _ in parts])
@@ -148,7 +152,10 @@ def test_bad_arguments(case, model, tmp_path):
         ("train.csv", "text,label\na,b,c\n", "line 2: 3 fields, the header has 2"),
         ("train.jsonl", "{\n", "line 1 is not JSON"),
         ("train.jsonl", '{"text": "a"}\n{"label": 1}\n', "column 'text' of train is empty in sample 2"),
+        ("train.csv", "text,label\na,1\nb,\n", "column 'label' of train is empty in sample 2"),
+        ("train.csv", "text,label\n ,1\nb,2\n", "column 'text' of train is empty in sample 1: fill it"),
         ("train.json", '{"text": "a"}', "must hold objects"),
+        ("train_1.csv", "text,label\na,1\nb,2\n", "has no train.csv, .jsonl or .parquet: there is train_1"),
         ("train.parquet", "no", "is not a parquet file"),
         ("other.csv", "a\n1\n", "has no train.csv"),
         ("train.jsonl", '{"text": "a", "label": 1}\n' * 20, "all training labels are '1'"),
@@ -170,6 +177,24 @@ def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
     write(tmp_path / "test.jsonl", [("a", "good", "c9")])
     with pytest.raises(ValueError, match="client 'c9' of the test split has no training sample"):
         TEXT.load(Source(model, str(tmp_path), client_column="user"))
+    write(tmp_path / "train.jsonl", [*ROWS, ("a", "good", "")])
+    with pytest.raises(ValueError, match="column 'user' of train is empty in sample 61"):
+        TEXT.load(Source(model, str(tmp_path), client_column="user"))
+
+
+def test_only_training_needs_clients(model, tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", [row[:2] for row in ROWS[:5]], ("text", "label"))
+    data = TEXT.load(Source(model, str(tmp_path), client_column="user"))
+    assert data.domain_names == ("c0", "c1", "c2") and len(data.test.labels) == 5
+    assert len(data.domains) == len(data.classes) == 54
+
+
+def test_an_index_is_no_label_where_the_classes_have_names_from_the_data(model, tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", [("a", "0", "c0")])
+    with pytest.raises(ValueError, match="label '0' of the test split is unknown: the classes are bad, good"):
+        TEXT.load(Source(model, str(tmp_path)))
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedgalore_jax.data.dataset import IGNORE, Split
+from fedgalore_jax.data.dataset import Split
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids")
@@ -50,14 +50,3 @@ def split_by_length(split: Split) -> list[tuple[np.ndarray, Split]]:
         labels = part.labels[:, :size] if part.labels.ndim == 2 else part.labels
         out.append((rows, Split(inputs, labels)))
     return out
-
-
-def widen(split: Split, length: int, pad_token: int) -> Split:
-    """The same samples with more padding on the right, which no metric may notice."""
-
-    def wide(x, value):
-        return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
-
-    fill = {"input_ids": pad_token}
-    inputs = {k: wide(x, fill.get(k, 0)) if k in SEQUENCES else x for k, x in split.inputs.items()}
-    return Split(inputs, wide(split.labels, IGNORE) if split.labels.ndim == 2 else split.labels)

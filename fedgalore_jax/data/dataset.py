@@ -8,6 +8,8 @@ import numpy as np
 
 IGNORE = -100
 """A label of `[n, L]` labels where no loss is taken, as Hugging Face's and PyTorch's losses have it."""
+JUDGES = 0
+"""The seed of the samples that judge where not all do: runs of all seeds are judged by the same ones."""
 
 
 class Source(NamedTuple):
@@ -71,10 +73,10 @@ class Generation(NamedTuple):
     pad: int
     max_new_tokens: int
 
-    def first(self, n: int) -> "Generation":
-        """The first n prompts."""
-        inputs = {name: x[:n] for name, x in self.inputs.items()}
-        return self._replace(inputs=inputs, references=self.references[:n])
+    def take(self, rows: np.ndarray) -> "Generation":
+        """The prompts of those rows."""
+        inputs = {name: x[rows] for name, x in self.inputs.items()}
+        return self._replace(inputs=inputs, references=[self.references[i] for i in rows])
 
 
 class Asked(NamedTuple):
@@ -117,13 +119,20 @@ class Dataset(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def judged_by(self, n: int) -> "Dataset":
-        """The same with at most n samples in every split that is evaluated."""
-        rows = np.arange(n)
+        """The same with at most n samples in every split that is evaluated.
+
+        They are drawn at random, because files are often sorted by class or domain, but always the same ones
+        of a split of that size, whatever the run's seed; their order stays.
+        """
+
+        def rows(size: int) -> np.ndarray:
+            return np.sort(np.random.default_rng(JUDGES).choice(size, min(n, size), replace=False))
+
         return self._replace(
-            validation=self.validation.take(rows[: len(self.validation.labels)]),
-            test=self.test.take(rows[: len(self.test.labels)]),
-            more_tests={name: s.take(rows[: len(s.labels)]) for name, s in self.more_tests.items()},
-            generation=self.generation and self.generation.first(n),
+            validation=self.validation.take(rows(len(self.validation.labels))),
+            test=self.test.take(rows(len(self.test.labels))),
+            more_tests={name: s.take(rows(len(s.labels))) for name, s in self.more_tests.items()},
+            generation=self.generation and self.generation.take(rows(len(self.generation.references))),
         )
 
 

@@ -77,7 +77,7 @@ def domainnet(source: Source) -> Dataset:
             official |= {line.split()[0]: split for line in path.read_text().splitlines() if line.strip()}
     items = []
     for domain in _folders(root):
-        for item in folder(domain):
+        for item in _items(domain, [(path, "") for path in _folders(domain)]):  # "train" is a class
             relative = pathlib.Path(str(item.file)).relative_to(root).as_posix()
             items.append(item._replace(domain=domain.name, split=official.get(relative, "")))
     return build(items, source)
@@ -105,17 +105,22 @@ def cifar(name: str, source: Source) -> Dataset:
 
 
 def folder(root: pathlib.Path) -> list[Item]:
-    """The images under `class/` or `split/class/`."""
+    """The images under `class/` or `split/class/`; a folder without folders is a class, whatever its name."""
     first = _folders(root)
-    named = [path for path in first if path.name in SPLITS]
+    named = [path for path in first if path.name in SPLITS and _folders(path)]
     pairs = [(p, SPLITS[split.name]) for split in named for p in _folders(split)] or [(p, "") for p in first]
     if named and not any(split == "train" for _, split in pairs):
         raise ValueError(
             f"data={str(root)!r} has no train/CLASS folders: there are {', '.join(p.name for p in named)}"
         )
+    return _items(root, pairs)
+
+
+def _items(root: pathlib.Path, classes: Sequence[tuple[pathlib.Path, str]]) -> list[Item]:
+    """The images of `(folder of a class, split)`."""
     items = [
         Item(file, path.name, split, name=str(file))
-        for path, split in pairs
+        for path, split in classes
         for file in sorted(path.iterdir())
         if file.suffix.lower() in SUFFIXES
     ]

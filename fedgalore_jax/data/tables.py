@@ -106,7 +106,10 @@ def splits(data: str) -> dict[str, Table]:
         `train-00000-of-00002.parquet` are joined; further names (`validation_matched`) are kept.
 
     Returns:
-      Tables by split.
+      Tables by split, `train` among them.
+
+    Raises:
+      FileNotFoundError, ValueError: no `train`, shards that do not match, or what `read` raises.
     """
     path = pathlib.Path(data)
     if not path.is_dir():
@@ -118,7 +121,7 @@ def splits(data: str) -> dict[str, Table]:
         if name in found and found[name].keys() != table.keys():
             raise ValueError(f"data={data!r}: the files of {name!r} have different columns")
         found[name] = {k: [*found.get(name, {}).get(k, []), *v] for k, v in table.items()}
-    if not any(name.startswith("train") for name in found):
+    if "train" not in found:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"data={data!r} has no train.csv, .jsonl or .parquet: there is {there}")
     return found
@@ -155,15 +158,29 @@ def hub(name: str, config: str | None = None, *, raw_images: str | None = None) 
     return {split: {k: list(part[k]) for k in part.column_names} for split, part in loaded.items()}
 
 
-def columns(table: Table, names: Iterable[str], where: str) -> list[list[Any]]:
-    """Columns by name; a missing one is a ValueError that lists those there are, an empty cell its row."""
+def columns(table: Table, names: Iterable[str], where: str, *, blank: bool = False) -> list[list[Any]]:
+    """Columns by name.
+
+    Args:
+      table: has them.
+      names: of the columns.
+      where: what a message calls the table.
+      blank: whether texts of nothing but white space may stand.
+
+    Raises:
+      ValueError: a missing column (the message lists those there are), an empty cell (it names the sample).
+    """
+
+    def empty(value: Any) -> bool:
+        return value is None or (not blank and isinstance(value, str) and not value.strip())
+
     found = []
     for name in names:
         if name not in table:
             raise ValueError(f"column {name!r} is missing in {where}: its columns are {', '.join(table)}")
         column = table[name]
-        if (row := next((i for i, value in enumerate(column) if value is None), None)) is not None:
-            raise ValueError(f"column {name!r} of {where} is empty in sample {row + 1}")
+        if (row := next((i for i, value in enumerate(column) if empty(value)), None)) is not None:
+            raise ValueError(f"column {name!r} of {where} is empty in sample {row + 1}: fill it, or drop it")
         found.append(column)
     return found
 

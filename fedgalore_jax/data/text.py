@@ -42,10 +42,10 @@ def load(source: Source) -> Dataset:
         raise ValueError("data is missing: give a csv, jsonl or parquet file, or a folder with train.csv")
     found = tables.splits(source.data)
     where = Columns(texts, source.label_column, None, source.client_column)
-    wanted = [*where.texts, where.label, *([where.domain] if where.domain else [])]
     for name, table in found.items():
-        tables.columns(table, wanted, name)
+        tables.columns(table, [*where.texts, where.label], name)
     keep = (where.label, *([where.domain] if where.domain else []))
+    tables.columns(found["train"], keep, "train")
     return classification(tables.three(found, source.seed, keep), where, source)
 
 
@@ -85,13 +85,18 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
     """
     labels = {name: tables.columns(table, [where.label], name)[0] for name, table in found.items()}
     names = class_names(labels["train"], where.names)
-    encoded_labels = {name: numbers(values, names, name) for name, values in labels.items()}
+    encoded_labels = {
+        name: numbers(values, names, name, by_index=where.names is not None)
+        for name, values in labels.items()
+    }
     notes: list[str] = []
     parts: dict[str, Split] = {}
     limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
     pad, with_types = tokens.special(source.model)
     for name, table in found.items():
-        texts = [[str(value) for value in column] for column in tables.columns(table, where.texts, name)]
+        # A user's texts were looked at in `load`; of QQP's questions two are empty, and stay.
+        columns = tables.columns(table, where.texts, name, blank=True)
+        texts = [[str(value) for value in column] for column in columns]
         pairs = texts[1] if len(texts) == 2 else None
         encoded = tokens.encode(source.model, texts[0], pairs, limit, source.cache)
         if encoded.cut:
@@ -126,14 +131,15 @@ def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[st
         return tuple(sorted(found))
 
 
-def numbers(values: Sequence[Any], names: tuple[str, ...], where: str) -> np.ndarray:
+def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_index: bool) -> np.ndarray:
     """Labels as class indices int32, or as float32 where there are no classes.
 
-    A label is a class's name or, where names were given, its index too.
+    A label is a class's name or, if `by_index`, its index too.
     """
     if not names:
         return np.array([float(value) for value in values], np.float32)
-    index = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    index = {str(i): i for i in range(len(names))} if by_index else {}
+    index |= {name: i for i, name in enumerate(names)}
     strings = [str(value) for value in values]
     if unknown := sorted(set(strings) - set(index)):
         raise ValueError(

@@ -59,7 +59,10 @@ def metamath(source: Source) -> Dataset:
 
     Args:
       source: `data` is None for the hub, or a folder with `train` (columns query, response, type) and `test`
-        (question, answer) files. A seeded share of the training problems (a tenth, 1000 at most) validates.
+        (question, answer) files. A seeded share of the training problems (a tenth, or about 1000 rows)
+        validates. A problem is whatever was made from one `original_question` (the query itself where that
+        column is missing), and is on one side only: no prompt that validates stands in training. Rows with
+        an empty query, of which MetaMathQA has four [V2], are left out.
 
     References:
       Yu et al., MetaMath (2309.12284); Cobbe et al., GSM8K (2110.14168).
@@ -72,13 +75,31 @@ def metamath(source: Source) -> Dataset:
             raise ValueError(
                 f"data={source.data!r} has no test file: give test.jsonl with question and answer"
             )
-    queries, responses, kinds = tables.columns(found["train"], ["query", "response", "type"], "train")
-    rows = split_rows(len(queries), [min(0.1, 1000 / len(queries))], source.seed)
+    asked = tables.columns(found["train"], ["query"], "train", blank=True)[0]
+    whole = tables.take(found["train"], np.flatnonzero([bool(str(query).strip()) for query in asked]))
+    queries, responses, kinds = tables.columns(whole, ["query", "response", "type"], "train")
+    rows = _apart(queries, whole.get("original_question", queries), source.seed)
     train, validation = (sft.Pairs([queries[i] for i in r], [responses[i] for i in r]) for r in rows)
     test = sft.Pairs(*tables.columns(found["test"], ["question", "answer"], "test"))
     data = sft.build({"train": train, "validation": validation, "test": test}, source, exact_match)
     names, classes = np.unique(np.array(kinds)[rows[0]][data.classes], return_inverse=True)
-    return data._replace(classes=classes.astype(np.int32), label_names=tuple(names.tolist()))
+    data = data._replace(classes=classes.astype(np.int32), label_names=tuple(names.tolist()))
+    if blank := len(asked) - len(queries):
+        note = f"{blank} of {len(asked)} training samples have an empty query and were left out"
+        data = data._replace(notes=(note, *data.notes))
+    return data
+
+
+def _apart(queries: Sequence[str], problems: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to validate on: whole problems, of which no query stands on both sides."""
+    number_of: dict[str, int] = {}
+    problem = np.array([number_of.setdefault(str(p), len(number_of)) for p in problems])
+    held = split_rows(len(number_of), [min(0.1, 1000 / len(queries))], seed)[1]
+    validates = np.isin(problem, held)
+    asked = {query for query, here in zip(queries, validates, strict=True) if here}
+    # Two problems may share a query, once numbers are masked.
+    trains = np.array([query not in asked for query in queries])
+    return np.flatnonzero(trains), np.flatnonzero(validates)
 
 
 def gsm_symbolic(source: Source) -> Dataset:

@@ -17,9 +17,9 @@ import jax
 import optax
 
 from fedgalore_jax.galore import in_subspace
-from fedgalore_jax.lowrank import random_basis
 from fedgalore_jax.strategies.base import Common, Download, Strategy, require
 from fedgalore_jax.strategies.fedavg import fedavg
+from fedgalore_jax.strategies.subspaces import Subspaces
 
 
 def fedslop(common: Common, *, momentum: float = 0.8) -> Strategy:
@@ -34,11 +34,16 @@ def fedslop(common: Common, *, momentum: float = 0.8) -> Strategy:
     """
     require("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
 
+    space = Subspaces(common.rank, "left")
+
+    def kernels_of(state):
+        return {path: w for path, w in state.trainable.items() if common.role(path) == "adapt"}
+
     def mask(trainable):
         return {path: common.role(path) == "adapt" for path in trainable}
 
     inner = optax.chain(common.clipping(), optax.trace(momentum))
-    inside = in_subspace(inner, common.rank, side="left", mask=mask)
+    inside = in_subspace(inner, common.rank, side=space.side, mask=mask)
 
     def update(updates, state, params=None, *, extra, **_):
         bases = {path: extra.get(path, optax.MaskedNode()) for path in updates}
@@ -49,17 +54,11 @@ def fedslop(common: Common, *, momentum: float = 0.8) -> Strategy:
 
     def init(params, key, num_clients):
         state = base.init(params, key, num_clients)
-        for path, w in state.trainable.items():
-            if common.role(path) == "adapt":
-                smaller = f"less than {w.shape[-2]}, the input side of {path}"
-                require("rank", common.rank, common.rank < w.shape[-2], smaller)
+        space.check(kernels_of(state))
         return state._replace(extra=key)
 
     def broadcast(state):
-        key, bases = jax.random.fold_in(state.extra, state.round), {}
-        for i, (path, w) in enumerate(state.trainable.items()):
-            if common.role(path) == "adapt":
-                bases[path] = random_basis(jax.random.fold_in(key, i), w.shape[:-1], common.rank, w.dtype)
+        bases = space.random(kernels_of(state), jax.random.fold_in(state.extra, state.round))
         return Download(state.trainable, state.frozen, {"seed": state.extra, "bases": bases}, state.round)
 
     def start(download, client_state, ops):

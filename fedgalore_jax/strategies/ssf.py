@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from fedgalore_jax import tree
 from fedgalore_jax.corrections import GradientSum, add_extra, sum_gradients
-from fedgalore_jax.lowrank import random_basis
 from fedgalore_jax.optimizer import find_state
 from fedgalore_jax.strategies.base import Common, Download, Local, ServerState, Strategy, add, require
 from fedgalore_jax.strategies.fedavg import fedavg
 from fedgalore_jax.strategies.lora import product
+from fedgalore_jax.strategies.subspaces import Subspaces
 from fedgalore_jax.types import Adapted
 
 
@@ -48,28 +48,24 @@ def ssf(common: Common, *, client: str = "sgd") -> Strategy:
     def up(bases, flat):
         return {path: product(bases[path], x) if path in bases else x for path, x in flat.items()}
 
+    space = Subspaces(common.rank, "left")
+
+    def kernels_of(state):
+        return {path: w for path, w in state.trainable.items() if common.role(path) == "adapt"}
+
     def bases_of(state):
-        key = jax.random.fold_in(state.extra["seed"], state.round)
-        return {
-            path: random_basis(jax.random.fold_in(key, i), w.shape[:-1], common.rank, w.dtype)
-            for i, (path, w) in enumerate(state.trainable.items())
-            if common.role(path) == "adapt"
-        }
+        return space.random(kernels_of(state), jax.random.fold_in(state.extra["seed"], state.round))
 
     def init(params, key, num_clients):
         state = base.init(params, key, num_clients)
-        for path, w in state.trainable.items():
-            if common.role(path) == "adapt":
-                smaller = f"less than {w.shape[-2]}, the input side of {path}"
-                require("rank", common.rank, common.rank < w.shape[-2], smaller)
+        space.check(kernels_of(state))
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
         state = state._replace(extra={"seed": key})
         step = down(bases_of(state), zeros)
         return state._replace(extra={"variate": zeros, "step": step, "seed": key})
 
     def broadcast(state):
-        bases = bases_of(state)
-        kernels = {path: state.trainable[path] for path in bases}
+        bases, kernels = bases_of(state), kernels_of(state)
         head = {path: x for path, x in state.trainable.items() if path not in bases}
         zeros = down(bases, jax.tree.map(jnp.zeros_like, kernels))
         extra = state.extra | {"bases": bases, "variate": down(bases, state.extra["variate"])}
