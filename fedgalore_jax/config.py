@@ -54,7 +54,7 @@ class Config:
       sigma: of the log-normal client sizes in the "quantity" partition.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
       eval_every: rounds between evaluations on the validation split.
-      eval_samples: at most so many samples of each validation and test split; all if None.
+      eval_samples: at most so many of each validation and test split, drawn at random; all if None.
       keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
       seed: of every random choice.
       out_dir: where the run is written; nothing is written if None.

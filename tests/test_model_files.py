@@ -204,3 +204,9 @@ def test_null_in_a_config_means_not_given(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["classifier_dropout"] is None
     _, config = configs.read(tmp_path, None, None)
     assert config.head_dropout == config.hidden_dropout_prob == 0.1
+
+
+def test_weights_may_be_read_by_whom_the_config_may(tmp_path):
+    models.save(tmp_path / "tiny", *model())
+    modes = {file.stat().st_mode for file in (tmp_path / "tiny").iterdir()}
+    assert len(modes) == 1

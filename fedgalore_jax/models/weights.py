@@ -152,6 +152,8 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
         for name, content in configs.to_json(fns.config).items():
             (new / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         safetensors.numpy.save_file(rows, new / tensors.WEIGHTS, {"format": "pt"})
+        # safetensors lets nobody but the owner read; the folder is for whom its other files are for.
+        (new / tensors.WEIGHTS).chmod((new / configs.CONFIG).stat().st_mode)
         if not path.exists():
             new.rename(path)
             return
