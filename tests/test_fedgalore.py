@@ -55,7 +55,8 @@ def test_factored_equals_dense(variant, bits):
         }
     tolerance = 1e-10 if bits == 64 else 1e-5
     assert_close(out["factored"][0], out["dense"][0], tolerance)
-    assert_close(out["factored"][2], out["dense"][2], 1e-8 if bits == 64 else 1e-3)
+    metrics = [{k: v for k, v in run[2].items() if k != "bytes_catch_up"} for run in out.values()]
+    assert_close(*metrics, 1e-8 if bits == 64 else 1e-3)  # dense clients download the weights anyway
 
 
 @pytest.mark.usefixtures("x64")
