@@ -84,11 +84,6 @@ def find_state(opt: Tree, kind: type) -> Any:
     return state
 
 
-def with_adam_state(opt: Tree, state: WarmAdamState) -> Tree:
-    """The composed optimizer state with its `WarmAdamState` exchanged for `state`."""
-    return with_state(opt, state)
-
-
 def with_state(opt: Tree, state: Any) -> Tree:
     """The composed optimizer state with its one state of `state`'s type exchanged for `state`."""
 

@@ -11,7 +11,7 @@ from fedgalore_jax.optimizer import (
     adam_state,
     adamw_tail,
     scale_by_warm_adam,
-    with_adam_state,
+    with_state,
 )
 
 PARAMS = {"kernel": jnp.linspace(-1, 1, 12).reshape(4, 3), "bias": jnp.array([0.5, -1.0, 2.0])}
@@ -65,6 +65,6 @@ def test_adam_state_is_found_and_exchanged_in_a_chain():
     tx = optax.chain(optax.clip(1.0), optax.chain(scale_by_warm_adam(), optax.scale(1.0)))
     opt = tx.init(PARAMS)
     other = adam_state(opt)._replace(count_v=jnp.int32(5))
-    assert adam_state(with_adam_state(opt, other)) is other
+    assert adam_state(with_state(opt, other)) is other
     with pytest.raises(ValueError):
         adam_state(optax.adam(1.0).init(PARAMS))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgalore_jax.corrections import add_extra
-from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
+from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
 from fedgalore_jax.strategies.base import Common, Strategy, require
 from fedgalore_jax.strategies.fedavg import fedavg
 
@@ -63,7 +63,7 @@ def fedadamw(common: Common, *, alpha: float = 0.5, block: str = "neuron") -> St
         fresh = adam_state(local.opt)
         nu = jax.tree.map(lambda v, like: jnp.broadcast_to(v, like.shape), extra["nu"], fresh.nu)
         warm = WarmAdamState(fresh.count_m, extra["count"], fresh.mu, nu)
-        return local._replace(opt=with_adam_state(local.opt, warm), extra={"offset": extra["offset"]})
+        return local._replace(opt=with_state(local.opt, warm), extra={"offset": extra["offset"]})
 
     def finish(download, local, client_state, ops):
         upload, memory = base.finish(download, local, client_state, ops)

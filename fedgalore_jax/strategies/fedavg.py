@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgalore_jax import tree
-from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
+from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
 from fedgalore_jax.strategies.base import (
     Cohort,
     Common,
@@ -82,7 +82,7 @@ def fedavg(
         del ops
         opt = tx.init(download.trainable)
         if moments != "reset":
-            opt = with_adam_state(opt, download.extra if moments == "mean" else client_state)
+            opt = with_state(opt, download.extra if moments == "mean" else client_state)
         return Local(download.trainable, opt, ())
 
     def finish(download, local, client_state, ops):

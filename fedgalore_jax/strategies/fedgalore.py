@@ -26,7 +26,7 @@ import optax
 from fedgalore_jax import tree
 from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import in_subspace
-from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
+from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
 from fedgalore_jax.shared_signal import synchronise
 from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
 from fedgalore_jax.strategies.fedgalore_options import Options, resolve
@@ -185,7 +185,7 @@ def fedgalore(
             bases = space.leading(total, ops.key, o.finder)
         opt = tx.init(download.trainable)
         if sync != "none":
-            opt = with_adam_state(opt, download.extra.adam)
+            opt = with_state(opt, download.extra.adam)
         return Local(download.trainable, opt, bases)
 
     def finish(download, local, client_state, ops):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgalore_jax.corrections import add_extra
-from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_adam_state
+from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
 from fedgalore_jax.strategies.base import Common, Strategy, require
 from fedgalore_jax.strategies.fedavg import fedavg
 
@@ -52,9 +52,7 @@ def fedlada(common: Common, *, gamma: float = 0.9, server_lr: float = 1.0) -> St
         zeros = adam_state(local.opt).mu
         count = jnp.full((), _LONG_AGO, jnp.int32)
         warm = WarmAdamState(count, count, zeros, download.extra["nu"])
-        return local._replace(
-            opt=with_adam_state(local.opt, warm), extra={"offset": download.extra["offset"]}
-        )
+        return local._replace(opt=with_state(local.opt, warm), extra={"offset": download.extra["offset"]})
 
     def finish(download, local, client_state, ops):
         upload, memory = base.finish(download, local, client_state, ops)
