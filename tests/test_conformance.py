@@ -28,6 +28,7 @@ CASES = {
     "rolora": ("rolora", {}),
     "lora_a2": ("lora_a2", {"local_rank": 1, "b_ratio": 1.0}),
     "fedsa_lora": ("fedsa_lora", {}),
+    "dual_adapter": ("dual_adapter", {}),
     "flora": ("flora", {}),
     "flora, ranks": ("flora", {"ranks": (3, 1), "lora_alpha": 4.0}),
     "flexlora": ("flexlora", {}),
@@ -74,6 +75,7 @@ FLOATS = {
     "rolora": (LORA / 2 + bias, LORA / 2 + bias),
     "lora_a2": (LORA / 2 + bias, LORA / r / 2 + bias + L),
     "fedsa_lora": (L * m * r, L * m * r),
+    "dual_adapter": (LORA + bias, LORA + bias),
     "flora": (N * LORA + bias, LORA + bias),
     "flora, ranks": ((3 * LORA + 2 * LORA / 3) + bias, LORA * 2 / 3 + bias),
     "flexlora": (LORA + bias, LORA + bias),
@@ -113,11 +115,12 @@ MEMORY = {
     "feddyn": FULL,
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,
+    "dual_adapter": LORA,
     "hetlora": 1,
     "ilora": LORA + bias,
     "ssf": FULL,
 }
-ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora"}
+ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora", "dual_adapter"}
 """Methods whose kernels never move."""
 GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""

@@ -6,6 +6,7 @@ import typing
 from dataclasses import fields
 
 from fedgalore_jax.strategies.base import Common, Strategy
+from fedgalore_jax.strategies.dual_adapter import dual_adapter
 from fedgalore_jax.strategies.fedadamw import fedadamw
 from fedgalore_jax.strategies.fedavg import fedavg
 from fedgalore_jax.strategies.feddyn import feddyn
@@ -49,6 +50,7 @@ _GROUPS = {
     ),
     "subspace": (fedgalore, fedlore, fedslop, galore_avg, ssf),
     "lora": (
+        dual_adapter,
         fedex_lora,
         fedit,
         fedsa_lora,

@@ -118,12 +118,14 @@ class Ops(NamedTuple):
         `assemble(tree)` on the client's j-th batch.
       train: `train(local, tx, steps=K)` is `local` after that many steps of `tx` on the client's first
         batches, the same ones (and the same dropout) as in its local training.
+      steps: K, a Python int.
     """
 
     id: Array
     key: Array
     grad: Callable[[Callable[[Tree], Params], Tree, int], Tree]
     train: Callable[..., Local]
+    steps: int
 
 
 class Strategy(NamedTuple):
