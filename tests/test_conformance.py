@@ -44,6 +44,8 @@ CASES = {
     "fedlore": ("fedlore", {}),
     "fedslop": ("fedslop", {"clip": 5.0}),
     "ssf": ("ssf", {"clip": 5.0}),
+    "adel_fl": ("adel_fl", {"speeds": (1.0, 2.0)}),
+    "adel_fl, scaffold": ("adel_fl", {"base": "scaffold", "clip": 5.0, "speeds": (4.0, 1.0)}),
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
@@ -91,6 +93,8 @@ FLOATS = {
     "fedlore": (L * r * n + bias + SEED / 4, L * r * n + bias),
     "fedslop": (FULL + SEED / 4, FULL),
     "ssf": (2 * (L * r * n + bias) + SEED / 4, 2 * (L * r * n + bias)),
+    "adel_fl": (FULL, FULL),
+    "adel_fl, scaffold": (2 * FULL, 2 * FULL),
     "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
     "fedgalore, own": (
         L * m * n + bias + MOMENTS / 2,
@@ -112,6 +116,7 @@ MEMORY = {
     # Floats that a client keeps between rounds; two counters go along with moments.
     "fedavg, kept moments": 2 * FULL + 2,
     "scaffold": FULL,
+    "adel_fl, scaffold": FULL,
     "feddyn": FULL,
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,

@@ -206,6 +206,7 @@ BAD = {
     "--client_column=user --partition=iid": "client_column='user' has no effect",
     "--task=sft --data=nowhere --model=digits_vit --lr=1e-3": "sft needs a language model",
     "--method=fedsa_lora --lr=1e-3 --task=digits_domains --partition=domain": "has a model per client",
+    "--method=adel_fl --lr=1e-3 --opt=base=flora": "the base of adel_fl sends uploads that are stacked",
     "--schedule=step": "schedule='step'",
     "--dropout=1": "dropout=1.0",
     "--adapt=layer[": "adapt=",
