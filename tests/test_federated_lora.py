@@ -82,6 +82,19 @@ def test_lora_a2_scores_and_masks():
     assert_model(run("lora_a2", 3, **options), w + S * a @ b, bias)
 
 
+@pytest.mark.parametrize("method", ["rolora", "lora_a2"])
+def test_a_client_that_was_away_needs_the_factor_that_rests(method):
+    """Once, however long it was away: the round itself brings the one that was trained last."""
+    machine, rounds, state = setup(method, **OPTIONS)
+    four = plan(range(4))
+    counts = four.counts.copy()
+    counts[0, 1] = counts[1:3, 2] = 0
+    _, metrics = rounds(state, machine.train, four._replace(counts=counts), 4)
+    a, b = (8 * x.size for x in factors(state))
+    np.testing.assert_array_equal(metrics["bytes_catch_up"], [0, (a + b) / 2, 0, (a + b) / 2])
+    assert machine.wire(state, four).catch_up == (a + b) / 2
+
+
 def test_fedsa_lora_shares_a_and_keeps_b():
     w, bias, _ = start()
     machine, _, state = setup("fedsa_lora", **OPTIONS)
