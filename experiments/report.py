@@ -24,7 +24,7 @@ def compare(out: pathlib.Path, results: list[Result]) -> None:
     """Prints the comparison, best first, and writes `summary.json` and `curves.png` into `out`."""
     metric = results[0].summary["metric"]
     results = sorted(results, key=lambda r: -r.summary["final"][metric])
-    titles = ("up", "down", "catch-up", "optimizer", "memory", "gradients/step", "s/round")
+    titles = ("up", "down", "catch-up", "optimizer", "memory", "all", "gradients/step", "s/round")
     rows = [("method", metric, *titles)]
     for summary in (result.summary for result in results):
         wire = summary["bytes_per_client_and_round"]
@@ -34,13 +34,13 @@ def compare(out: pathlib.Path, results: list[Result]) -> None:
             (
                 summary["method"] + " *" * summary["personal"],
                 f"{summary['final'][metric]:.4f}",
-                *map(human, sizes),
+                *map(human, (*sizes, summary["bytes_total"])),
                 f"{summary['gradients_per_step']:g}",
                 f"{summary['seconds_per_round']:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(f"\nTest {metric}; bytes of one client: up and down each round, for each round missed, held:")
+    print(f"\nTest {metric}; bytes of one client (up and down each round, for rounds missed, held), of all:")
     for row in rows:
         cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
         print("  ".join([row[0].ljust(widths[0]), *cells]))

@@ -109,7 +109,7 @@ def local_train(
         gradients += count * evaluations
         return local._replace(trainable=trainable, opt=opt), losses
 
-    ops = Ops(client, own, gradient, lambda local, tx, count=steps: train(local, tx, count)[0])
+    ops = Ops(client, own, gradient, lambda local, tx, count=steps: train(local, tx, count)[0], steps)
     local, losses = train(strategy.start(download, client_state, ops), strategy.tx, steps)
     upload, client_state = strategy.finish(download, local, client_state, ops)
     return Trained(upload, client_state, losses, local.opt, gradients)

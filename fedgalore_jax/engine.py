@@ -40,7 +40,8 @@ class Wire(NamedTuple):
       down, up: bytes that travel each round.
       optimizer: state of the local optimizer.
       memory: what the client keeps between rounds.
-      catch_up: what a client must be sent for each round that it missed, before it can take part again.
+      catch_up: what a client must be sent for each round that it missed (for all of them together, where
+        the strategy says so), before it can take part again.
       gradients: gradient evaluations per local step.
     """
 
@@ -161,12 +162,15 @@ class Engine(NamedTuple):
 
         Missed rounds are priced like this one. A client that missed many is sent the model instead.
         """
-        relayed = tree.nbytes(self.strategy.relay(stack)) / len(ids)
-        sent = tree.nbytes(self.strategy.catch_up(download))
+        strategy = self.strategy
+        relayed = tree.nbytes(strategy.relay(stack)) / len(ids)
+        sent = tree.nbytes(strategy.catch_up(download)) / strategy.wire_of
         if not relayed + sent:
             return {}
-        model = tree.nbytes(jax.eval_shape(self.strategy.export, state.server))
+        model = tree.nbytes(jax.eval_shape(strategy.export, state.server))
         rounds = download.round - 1 - state.last.take(ids, mode="clip")
+        if strategy.catch_up_once:
+            rounds = jnp.minimum(rounds, 1)
         each = jnp.minimum(rounds * (relayed * mask.sum() + sent), model)
         return {"bytes_catch_up": (mask * each).sum()}
 
@@ -188,11 +192,13 @@ class Engine(NamedTuple):
             stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), trained.upload.stack)
             relayed = strategy.relay(stack)
             down = strategy.wire_down(download), [relayed] * strategy.wire_of
-            missed = strategy.catch_up(download), relayed
-            return down, strategy.wire_up(trained.upload), trained.opt, trained.memory, missed
+            missed = strategy.catch_up(download), [relayed] * strategy.wire_of
+            travels = down, strategy.wire_up(trained.upload), missed
+            return *travels, trained.opt, trained.memory
 
-        down, up, optimizer, memory, missed = map(tree.nbytes, jax.eval_shape(one, state, self.train, plan))
-        down, up = down // strategy.wire_of, up // strategy.wire_of
+        sizes = map(tree.nbytes, jax.eval_shape(one, state, self.train, plan))
+        down, up, missed, optimizer, memory = sizes
+        down, up, missed = (size // strategy.wire_of for size in (down, up, missed))
         return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
 
 

@@ -124,7 +124,7 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
             )
         given["client_weights"] = config.client_weights
     lr = given.pop("lr", config.lr)
-    lr = task.lr.get(method) if lr is None else lr
+    lr = task.lr.get(given.get("base", method)) if lr is None else lr
     if lr is None:
         raise ValueError(f"no learning rate is tuned for {method} on {config.task}: give --lr")
     if not isinstance(lr, int | float) or not 0 < lr < math.inf:

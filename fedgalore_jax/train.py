@@ -242,6 +242,7 @@ class _Loop:
         best = max(judged, key=lambda record: record[self.metric])
         kept = best if self.config.keep == "best" else judged[-1]
         config, wire = self.config, self.prepared.wire
+        missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
         fns = self.prepared.fns
         final = test_metrics(
             lambda split: self.measure(state, split),
@@ -258,7 +259,8 @@ class _Loop:
             "personal": self.personal,
             "rounds": config.rounds,
             "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
-            "bytes_total": config.rounds * config.participants * (wire.up + wire.down),
+            "bytes_total": config.rounds * config.participants * (wire.up + wire.down) + missed,
+            "bytes_catch_up": missed,
             "optimizer_bytes": wire.optimizer,
             "client_memory_bytes": wire.memory,
             "catch_up_bytes_per_missed_round": wire.catch_up,

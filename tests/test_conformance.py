@@ -28,6 +28,7 @@ CASES = {
     "rolora": ("rolora", {}),
     "lora_a2": ("lora_a2", {"local_rank": 1, "b_ratio": 1.0}),
     "fedsa_lora": ("fedsa_lora", {}),
+    "dual_adapter": ("dual_adapter", {}),
     "flora": ("flora", {}),
     "flora, ranks": ("flora", {"ranks": (3, 1), "lora_alpha": 4.0}),
     "flexlora": ("flexlora", {}),
@@ -43,6 +44,8 @@ CASES = {
     "fedlore": ("fedlore", {}),
     "fedslop": ("fedslop", {"clip": 5.0}),
     "ssf": ("ssf", {"clip": 5.0}),
+    "adel_fl": ("adel_fl", {"speeds": (1.0, 2.0)}),
+    "adel_fl, scaffold": ("adel_fl", {"base": "scaffold", "clip": 5.0, "speeds": (4.0, 1.0)}),
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
@@ -74,6 +77,7 @@ FLOATS = {
     "rolora": (LORA / 2 + bias, LORA / 2 + bias),
     "lora_a2": (LORA / 2 + bias, LORA / r / 2 + bias + L),
     "fedsa_lora": (L * m * r, L * m * r),
+    "dual_adapter": (LORA + bias, LORA + bias),
     "flora": (N * LORA + bias, LORA + bias),
     "flora, ranks": ((3 * LORA + 2 * LORA / 3) + bias, LORA * 2 / 3 + bias),
     "flexlora": (LORA + bias, LORA + bias),
@@ -89,6 +93,8 @@ FLOATS = {
     "fedlore": (L * r * n + bias + SEED / 4, L * r * n + bias),
     "fedslop": (FULL + SEED / 4, FULL),
     "ssf": (2 * (L * r * n + bias) + SEED / 4, 2 * (L * r * n + bias)),
+    "adel_fl": (FULL, FULL),
+    "adel_fl, scaffold": (2 * FULL, 2 * FULL),
     "fedgalore": (L * r * n + bias + MOMENTS + SEED / 4, L * r * n + bias + MOMENTS),
     "fedgalore, own": (
         L * m * n + bias + MOMENTS / 2,
@@ -110,14 +116,16 @@ MEMORY = {
     # Floats that a client keeps between rounds; two counters go along with moments.
     "fedavg, kept moments": 2 * FULL + 2,
     "scaffold": FULL,
+    "adel_fl, scaffold": FULL,
     "feddyn": FULL,
     "fedsmoo": 2 * FULL,
     "fedsa_lora": L * r * n + bias,
+    "dual_adapter": LORA,
     "hetlora": 1,
     "ilora": LORA + bias,
     "ssf": FULL,
 }
-ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora"}
+ADAPTERS = {"fedit", "ffa_lora", "rolora", "lora_a2", "lora_fair", "flexlora", "hetlora", "dual_adapter"}
 """Methods whose kernels never move."""
 GRADIENTS = {"fedgalore, own": 1 + 1 / K, "galore_avg": 1 + 1 / K, "fedsmoo": 2, "fedglomo": 4, "lora_a2": 2}
 """Gradient evaluations per local step, where there is more than one."""

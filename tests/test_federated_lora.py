@@ -82,6 +82,19 @@ def test_lora_a2_scores_and_masks():
     assert_model(run("lora_a2", 3, **options), w + S * a @ b, bias)
 
 
+@pytest.mark.parametrize("method", ["rolora", "lora_a2"])
+def test_a_client_that_was_away_needs_the_factor_that_rests(method):
+    """Once, however long it was away: the round itself brings the one that was trained last."""
+    machine, rounds, state = setup(method, **OPTIONS)
+    four = plan(range(4))
+    counts = four.counts.copy()
+    counts[0, 1] = counts[1:3, 2] = 0
+    _, metrics = rounds(state, machine.train, four._replace(counts=counts), 4)
+    a, b = (8 * x.size for x in factors(state))
+    np.testing.assert_array_equal(metrics["bytes_catch_up"], [0, (a + b) / 2, 0, (a + b) / 2])
+    assert machine.wire(state, four).catch_up == (a + b) / 2
+
+
 def test_fedsa_lora_shares_a_and_keeps_b():
     w, bias, _ = start()
     machine, _, state = setup("fedsa_lora", **OPTIONS)
@@ -99,6 +112,43 @@ def test_fedsa_lora_shares_a_and_keeps_b():
             (out["layers"]["kernel"], out["classifier"]["bias"]), w + S * a @ own[c]["b"], own[c]["bias"]
         )
     np.testing.assert_array_equal(machine.strategy.export(state.server)["layers"]["kernel"], w)
+
+
+def test_dual_adapter_trains_the_private_half_first():
+    """One of three steps for the private adapter, then two for the shared one; both restart Adam."""
+    lam, learn = 0.3, (("a1", "b1", "bias"), ("a0", "b0", "bias"))
+    w, bias, shift = start()
+    _, _, state = setup("dual_adapter", lam=lam, **OPTIONS)
+    a, b = factors(state)
+    first = np.asarray(state.server.extra["layers/kernel"].a)
+    own = [{"a1": first, "b1": np.zeros_like(b)} for _ in range(N)]
+
+    def train(c, batches):
+        values = {"a0": a, "b0": b, "bias": bias} | own[c]
+        for half, part in zip(learn, (batches[:1], batches[1:]), strict=True):
+            adam = Adam({k: values[k].shape for k in half})
+            for x, y in part:
+                a0, b0, a1, b1 = (values[k] for k in ("a0", "b0", "a1", "b1"))
+                dw, db = gradients(w + S * (a0 @ b0 + a1 @ b1), values["bias"], shift, x, y)
+                grads = {"b0": S * T(a0) @ dw, "b1": S * T(a1) @ dw, "bias": db}
+                grads["a0"] = S * dw @ T(b0) + 2 * lam * a1 @ T(a1) @ a0
+                grads["a1"] = S * dw @ T(b1) + 2 * lam * a0 @ T(a0) @ a1
+                adam.step(values, {k: grads[k] for k in half}, {"a0", "b0", "a1", "b1"})
+        return values
+
+    for t in range(2):
+        rows = every_client(t, train)
+        a, b, bias = (mean_of(rows, k) for k in ("a0", "b0", "bias"))
+        own = [{k: v[k] for k in ("a1", "b1")} for _, v in rows]
+    shared = run("dual_adapter", 2, lam=lam)
+    assert_model(shared, w + S * a @ b, bias)
+    strategy = setup("dual_adapter", lam=lam, **OPTIONS)[0].strategy
+    for c in range(N):
+        memory = jax.tree.map(lambda rows, c=c: rows[c], shared[2].clients)
+        out = strategy.export(shared[2].server, memory)
+        personal = w + S * (a @ b + own[c]["a1"] @ own[c]["b1"])
+        assert_model((out["layers"]["kernel"], out["classifier"]["bias"]), personal, bias)
+        assert np.abs(personal - w - S * a @ b).max() > 1e-3
 
 
 def test_hetlora_pads_weighs_by_norm_and_shrinks():
@@ -251,8 +301,15 @@ def test_lora_fair_ls_solves_the_ridge_problem():
         ("lora_fair", {"lam": 0.0}, "lam=0.0"),
         ("rolora", {"b_ratio": 0.0}, "b_ratio=0.0"),
         ("lora_a2", {"local_rank": 3}, "local_rank=3"),
+        ("dual_adapter", {"lam": -1.0}, "lam=-1.0"),
     ],
 )
 def test_unusable_options_are_named(method, options, message):
     with pytest.raises(ValueError, match=message):
         setup(method, **options)
+
+
+def test_dual_adapter_needs_a_step_for_each_half():
+    machine, _, state = setup("dual_adapter", steps=1)
+    with pytest.raises(ValueError, match="local_steps=1 is not usable: give 2 or more"):
+        machine.wire(state, plan(range(1), steps=1))

@@ -20,9 +20,10 @@ from fedgalore_jax import models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
+from fedgalore_jax.progress import human
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = ["--rounds=2", "--local_steps=2", "--clients=4", "--cohort=3", "--chunk=2", "--rank=2"]
+SMALL = ["--rounds=2", "--local_steps=2", "--clients=5", "--cohort=3", "--chunk=2", "--rank=2"]
 
 
 def launch(*args: str) -> None:
@@ -69,6 +70,20 @@ def test_metrics_have_a_line_per_round_and_round_zero(compared):
         assert record["bytes_up"] > 0
         ranks = [v for k, v in record.items() if k.startswith("joint_rank/")]
         assert len(ranks) == 6 and all(len(rank) == 4 for rank in ranks)
+
+
+def test_the_total_has_every_byte_of_the_history(compared):
+    """Also those that a client was sent for the rounds it missed: three of four take part."""
+    out, printed = compared
+    for method in ("fedgalore", "fedavg", "fedit"):
+        records = lines(out / method / "metrics.jsonl")[1:]
+        summary = json.loads((out / method / "summary.json").read_text())
+        missed = sum(record.get("bytes_catch_up", 0) for record in records)
+        assert summary["bytes_catch_up"] == missed and (missed > 0) == (method == "fedgalore")
+        assert summary["bytes_total"] == missed + sum(3 * (r["bytes_up"] + r["bytes_down"]) for r in records)
+        assert human(summary["bytes_total"]) in next(
+            row for row in printed.splitlines() if row.split()[:1] == [method]
+        )
 
 
 def test_the_same_split_and_start_for_every_method(compared):
@@ -133,7 +148,7 @@ def test_a_used_folder_is_refused_and_left_alone(compared, capsys):
 def test_runs_repeat_bit_for_bit_and_dropout_matters(compared):
     """Also: the flags of the command line and the fields of `Config` mean the same."""
     out, _ = compared
-    shape = {"rounds": 2, "local_steps": 2, "clients": 4, "cohort": 3, "chunk": 2, "rank": 2}
+    shape = {"rounds": 2, "local_steps": 2, "clients": 5, "cohort": 3, "chunk": 2, "rank": 2}
 
     def run(**changes):
         result = train.run(Config(method="fedit", **shape, **changes), say=lambda line: None)
@@ -206,6 +221,7 @@ BAD = {
     "--client_column=user --partition=iid": "client_column='user' has no effect",
     "--task=sft --data=nowhere --model=digits_vit --lr=1e-3": "sft needs a language model",
     "--method=fedsa_lora --lr=1e-3 --task=digits_domains --partition=domain": "has a model per client",
+    "--method=adel_fl --lr=1e-3 --opt=base=flora": "the base of adel_fl sends uploads that are stacked",
     "--schedule=step": "schedule='step'",
     "--dropout=1": "dropout=1.0",
     "--adapt=layer[": "adapt=",

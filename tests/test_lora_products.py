@@ -19,7 +19,7 @@ from by_hand import (
     start,
     trained,
 )
-from problem import N, params, plan, setup
+from problem import K, N, params, plan, setup
 
 from fedgalore_jax.client import local_train
 from fedgalore_jax.optimizer import adam_state
@@ -57,7 +57,7 @@ def test_flora_merges_the_stack_of_different_ranks():
 
         def train(c, batches, download=download, base=base, bias=bias, t=t):
             key = jax.random.fold_in(jax.random.fold_in(state.key, t), c)
-            ops = Ops(jnp.int32(c), jax.random.fold_in(key, 1), None, None)
+            ops = Ops(jnp.int32(c), jax.random.fold_in(key, 1), None, None, K)
             drawn = strategy.start(download, (), ops).trainable["layers/kernel"]
             rank = ranks[c % 2]
             assert not np.asarray(drawn.a)[..., rank:].any() and np.asarray(drawn.a)[..., :rank].all()

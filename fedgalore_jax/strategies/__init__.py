@@ -5,7 +5,9 @@ import types
 import typing
 from dataclasses import fields
 
+from fedgalore_jax.strategies.adel_fl import adel_fl
 from fedgalore_jax.strategies.base import Common, Strategy
+from fedgalore_jax.strategies.dual_adapter import dual_adapter
 from fedgalore_jax.strategies.fedadamw import fedadamw
 from fedgalore_jax.strategies.fedavg import fedavg
 from fedgalore_jax.strategies.feddyn import feddyn
@@ -49,6 +51,7 @@ _GROUPS = {
     ),
     "subspace": (fedgalore, fedlore, fedslop, galore_avg, ssf),
     "lora": (
+        dual_adapter,
         fedex_lora,
         fedit,
         fedsa_lora,
@@ -62,9 +65,12 @@ _GROUPS = {
         lora_fair,
         rolora,
     ),
+    "system": (adel_fl,),
 }
-"""By what clients train of a kernel: all of it, a gradient subspace, LoRA factors."""
+"""By what clients train of a kernel: all of it, a gradient subspace, LoRA factors; or around another."""
 _STRATEGIES = {method.__name__: method for group in _GROUPS.values() for method in group}
+_AROUND = {"adel_fl": "fedavg"}
+"""Those around another method, and which it is by default."""
 _RANKS = ("flexlora", "flora", "hetlora", "ilora")
 """Those whose clients may have different ranks."""
 _COMMON = tuple(field.name for field in fields(Common))
@@ -83,10 +89,14 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 def options(name: str) -> dict[str, object]:
-    """A strategy's own options with their defaults (those of `Common` are shared by all)."""
+    """A strategy's own options with their defaults (those of `Common` are shared by all).
+
+    One around another method has an option `base`, and takes that method's besides.
+    """
     _check_name(name)
     parameters = inspect.signature(_STRATEGIES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    own: dict[str, object] = {"base": _AROUND[name]} if name in _AROUND else {}
+    return own | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def build(name: str, **given) -> Strategy:
@@ -100,17 +110,32 @@ def build(name: str, **given) -> Strategy:
       ValueError: an unknown name or option, or a value that cannot be used; the message lists the
         accepted ones.
     """
-    own = options(name)
-    if unknown := [key for key in given if key not in own and key not in _COMMON]:
-        accepted = ", ".join((*own, *_COMMON))
-        raise ValueError(f"{name} has no option {unknown[0]!r}: its options are {accepted}")
+    own, base = options(name), _base(name, given)
+    accepted = (*own, *(options(base) if base else ()), *_COMMON)
+    if unknown := [key for key in given if key not in accepted]:
+        raise ValueError(f"{name} has no option {unknown[0]!r}: its options are {', '.join(accepted)}")
+    inside: typing.Any = None
+    if base:
+        inside = build(base, **{key: value for key, value in given.items() if key not in own})
+        given = {key: value for key, value in given.items() if key in own and key != "base"}
     hints = typing.get_type_hints(Common) | typing.get_type_hints(_STRATEGIES[name])
     for key, value in given.items():
         _check_type(name, key, value, hints[key])
     if given.get("ranks") and name not in _RANKS:
         raise ValueError(f"{name} has one rank for all, not ranks={given['ranks']}: try {', '.join(_RANKS)}")
-    common = Common(**{key: value for key, value in given.items() if key in _COMMON})
-    return _STRATEGIES[name](common, **{k: v for k, v in given.items() if k in own})
+    common = inside or Common(**{key: value for key, value in given.items() if key in _COMMON})
+    return _STRATEGIES[name](common, **{key: value for key, value in given.items() if key in own})
+
+
+def _base(name: str, given: dict[str, typing.Any]) -> str | None:
+    """The method inside one that is around another."""
+    if name not in _AROUND:
+        return None
+    base = given.get("base", _AROUND[name])
+    _check_name(base)
+    if base in _AROUND:
+        raise ValueError(f"{name}: base={base!r} is not usable: give a method that needs no base")
+    return base
 
 
 def _check_type(method: str, name: str, value: object, hint: object) -> None:

@@ -118,12 +118,14 @@ class Ops(NamedTuple):
         `assemble(tree)` on the client's j-th batch.
       train: `train(local, tx, steps=K)` is `local` after that many steps of `tx` on the client's first
         batches, the same ones (and the same dropout) as in its local training.
+      steps: K, a Python int.
     """
 
     id: Array
     key: Array
     grad: Callable[[Callable[[Tree], Params], Tree, int], Tree]
     train: Callable[..., Local]
+    steps: int
 
 
 class Strategy(NamedTuple):
@@ -148,8 +150,10 @@ class Strategy(NamedTuple):
       relay: `(stack) -> tree`, what of all clients' rows `[C, ...]` the server sends on to every client.
       catch_up: `(download) -> tree`, what of this round's download a client that stays away must be sent
         later; what is relayed counts as well.
-      wire_of: over how many rounds (or clients) the trees of `wire_down` and `wire_up` extend, for methods
-        whose rounds or clients differ; bytes are their mean.
+      catch_up_once: whether that makes up for any number of missed rounds, as where values are sent; changes
+        are sent for each.
+      wire_of: over how many rounds (or clients) the trees of `wire_down`, `wire_up` and `catch_up` extend,
+        for methods whose rounds or clients differ; bytes are their mean.
       adapter: `(state) -> (factors, lora_alpha)`, for methods whose kernels never move: the model is
         `kernel + lora_alpha / r * a @ b` of the original kernels, next to its plainly trained leaves.
       personal: whether every client has a model of its own, to be evaluated on its own data.
@@ -168,6 +172,7 @@ class Strategy(NamedTuple):
     wire_up: Callable[[Upload], Tree] = lambda upload: upload
     relay: Callable[[Tree], Tree] = lambda stack: ()
     catch_up: Callable[[Download], Tree] = lambda download: ()
+    catch_up_once: bool = False
     wire_of: int = 1
     adapter: Callable[[Any], tuple[dict[str, LoRA], float]] | None = None
     personal: bool = False

@@ -12,7 +12,7 @@ Ledger (m x n kernel, floats per client and round; q = local_rank)
   frozen          every kernel, the other factor, the other ranks, freeze leaves
   down            rm or rn, in turn
   up              qm or qn, in turn (as if each kernel kept q), and q indices
-  kept by client  the other factor
+  kept by client  the other factor; a client that was away needs it as well, once: rm or rn, in turn
   re-initialised  both moments, every round
 Two gradients per local step.
 """

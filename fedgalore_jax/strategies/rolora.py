@@ -9,7 +9,7 @@ Ledger (m x n kernel, floats per client and round)
   frozen          every kernel, the other factor, freeze leaves
   down            rm or rn, in turn
   up              rm or rn, in turn
-  kept by client  the other factor
+  kept by client  the other factor; a client that was away needs it as well, once: rm or rn, in turn
   re-initialised  both moments, every round [I] (held for both factors, those of one are zero)
 """
 
@@ -63,5 +63,7 @@ def rolora(common: Common, *, client: str = "adamw", b_ratio: float = 1.0) -> St
         start=start,
         wire_down=lambda download: two_rounds(download.trainable),
         wire_up=lambda upload: two_rounds(upload.mean["change"]),
+        catch_up=lambda download: factors_of(download.trainable)[0],
+        catch_up_once=True,
         wire_of=2,
     )
