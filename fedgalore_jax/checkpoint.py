@@ -8,11 +8,13 @@ Orbax reads a damaged array without a word where its files still have their form
 ways; so the digests are compared first, and Orbax is asked for what is whole and fits.
 """
 
+import contextlib
 import hashlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -46,11 +48,9 @@ class Checkpoints:
         # Its warnings speak of its own inside. Those of others, who share its logger, go through.
         logging.getLogger("absl").addFilter(_not_of_orbax)
         self.path, self.keep = run.absolute() / FOLDER, keep
-        self.saving = 0
-        self.orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._finish),
-        )
+        self.orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self.thread, self.saving = futures.ThreadPoolExecutor(1), futures.Future()
+        self.saving.set_result(None)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -62,6 +62,7 @@ class Checkpoints:
             if error is None:  # one that is on its way already says more
                 raise
         finally:
+            self.thread.shutdown()
             self.orbax.close()
 
     def rounds(self) -> list[int]:
@@ -82,14 +83,12 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        arrays = _arrays(tree)
-        self.saving, path = rounds, self.path / str(rounds)
-        try:
+        arrays, path = _arrays(tree), self.path / str(rounds)
+        with _written(path):
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / SHAPES, _shapes(arrays))
             self.orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(arrays))
-        except Exception as error:
-            raise self._failed(error) from error
+        self.saving = self.thread.submit(self._finish, path)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is whole.
@@ -97,10 +96,7 @@ class Checkpoints:
         Raises:
           OSError: it could not be written.
         """
-        try:
-            self.orbax.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
+        self.saving.result()
 
     def restore(self, rounds: int, like: Tree) -> Tree:
         """Reads a checkpoint.
@@ -158,21 +154,27 @@ class Checkpoints:
             shutil.rmtree(self.path / str(rounds))
         return None
 
-    def _finish(self) -> None:
-        """Orbax's arrays are there: makes the checkpoint whole, and removes the oldest."""
-        path = self.path / str(self.saving)
-        files = [file for file in path.rglob("*") if file.is_file()]
-        write_json(path / DIGESTS, {str(file.relative_to(path)): _digest(file) for file in sorted(files)})
+    def _finish(self, path: pathlib.Path) -> None:
+        """Makes a checkpoint whole once Orbax's part is there, and removes the oldest."""
+        with _written(path):
+            self.orbax.wait_until_finished()
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            write_json(path / DIGESTS, {str(file.relative_to(path)): _digest(file) for file in files})
         for rounds in self.rounds()[self.keep :]:
             shutil.rmtree(self.path / str(rounds))
 
-    def _failed(self, error: Exception) -> OSError:
-        shutil.rmtree(self.path / str(self.saving), ignore_errors=True)
-        reason = str(error).partition("\n")[0]
-        return OSError(
-            f"the checkpoint of round {self.saving} could not be written to {self.path}"
-            f" ({type(error).__name__}: {reason[:200]}): make room, then go on with --resume"
-        )
+
+@contextlib.contextmanager
+def _written(path: pathlib.Path) -> Iterator[None]:
+    """Makes whatever stops a checkpoint from being written one OSError, and leaves nothing of it."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(path, ignore_errors=True)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise OSError(
+            f"{path} could not be written ({reason}): make room, then go on with --resume"
+        ) from error
 
 
 def abstract(tree: Tree) -> Tree:
