@@ -124,7 +124,7 @@ class Checkpoints:
         now, was = _shapes(wanted), read_json(path / SHAPES)
         if wrong := [name for name in {**now, **was} if now.get(name) != was.get(name)]:
             here, there = (shapes.get(wrong[0], "nothing") for shapes in (now, was))
-            raise Misfit(f"{path} has {there} at {wrong[0]}, where the run has {here}")
+            raise Misfit(f"{path} has {there} at {wrong[0]}, where a run with these values has {here}")
         places = ocp.checkpoint_utils.construct_restore_args(wanted)
         arrays = self.orbax.restore(path / ARRAYS, args=ocp.args.PyTreeRestore(wanted, restore_args=places))
         return _tree(arrays, like)

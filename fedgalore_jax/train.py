@@ -6,6 +6,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -132,9 +133,6 @@ def execute(
         out = checkpoints = None
         if config.out_dir:
             out = held.enter_context(claim(pathlib.Path(config.out_dir), resume=config.resume))
-            if changes(config):
-                (out / SUMMARY).unlink(missing_ok=True)
-            write_json(out / CONFIG, dataclasses.asdict(config))
             remove_leftovers(out)
             checkpoints = held.enter_context(Checkpoints(out, config.keep_checkpoints))
         say(describe(prepared))
@@ -269,35 +267,39 @@ class _Loop:
         return self.kept(state), history
 
     def start(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
-        """The state to begin with and the history that led to it: of the newest usable checkpoint, or none.
+        """The state to begin with and the history that led to it; the folder is made to tell the same.
 
-        Lines of `metrics.jsonl` after it are dropped; their rounds are computed again, bit by bit the same.
+        Lines of `metrics.jsonl` after the checkpoint are dropped; their rounds are computed again, and are
+        bit by bit what they were.
         """
-        config = self.config
-        args = (config, self.prepared.machine, self.prepared.params)
-        if not config.resume or self.checkpoints is None or self.out is None:
-            return start(*args), []
-        history, like = read_lines(self.out / METRICS), abstract(start(*args))
+        config, out = self.config, self.out
+        begin = partial(start, config, self.prepared.machine, self.prepared.params)
+        if out is None or self.checkpoints is None:
+            return begin(), []
+        history, changed = read_lines(out / METRICS), changes(config)
 
         def saved(rounds):
-            two = config.keep == "best" and self.best_of(history[: rounds + 1])["round"] != rounds
-            return {"state": like} | ({"best": like} if two else {})
+            like, best = abstract(begin()), self.best_of(history[: rounds + 1])["round"]
+            return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
 
         found = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
-        if (self.out / SUMMARY).exists() and (found is None or found[0] < config.rounds):
+        if (out / SUMMARY).exists() and not changed and (found is None or found[0] < config.rounds):
             raise FileExistsError(
                 f"out_dir={config.out_dir!r} is complete, but the checkpoint of its last round is gone:"
                 " what it learned is in its model/ (or models/)"
             )
+        if changed:
+            (out / SUMMARY).unlink(missing_ok=True)
+        write_json(out / CONFIG, dataclasses.asdict(config))
         if found is None:
             if history:
-                self.say("no checkpoint to go on from: starting again at round 0")
-            write_lines(self.out / METRICS, [])
-            return start(*args), []
+                self.say("no checkpoint can be used: starting again at round 0")
+            write_lines(out / METRICS, [])
+            return begin(), []
         rounds, tree = found
-        self.best = tree.get("best", tree["state"]) if config.keep == "best" else None
         self.say(f"going on from the checkpoint of round {rounds}")
-        write_lines(self.out / METRICS, history[: rounds + 1])
+        write_lines(out / METRICS, history[: rounds + 1])
+        self.best = tree.get("best", tree["state"]) if config.keep == "best" else None
         return tree["state"], history[: rounds + 1]
 
     def blocks(self, done: int) -> Iterator[range]:
