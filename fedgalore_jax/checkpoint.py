@@ -9,10 +9,12 @@ ways; so the digests are compared first, and Orbax is asked for what is whole an
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -45,12 +47,10 @@ class Checkpoints:
     def __init__(self, run: pathlib.Path, keep: int):
         import orbax.checkpoint as ocp
 
-        # Its warnings speak of its own inside. Those of others, who share its logger, go through.
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        _hush()
         self.path, self.keep = run.absolute() / FOLDER, keep
         self.orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-        self.thread, self.saving = futures.ThreadPoolExecutor(1), futures.Future()
-        self.saving.set_result(None)
+        self.thread, self.saving = futures.ThreadPoolExecutor(1), None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,7 +96,9 @@ class Checkpoints:
         Raises:
           OSError: it could not be written.
         """
-        self.saving.result()
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
 
     def restore(self, rounds: int, like: Tree) -> Tree:
         """Reads a checkpoint.
@@ -171,7 +173,8 @@ def _written(path: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:
         shutil.rmtree(path, ignore_errors=True)
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        known = isinstance(error, OSError) and error.strerror
+        reason = known or str(error).partition("\n")[0].rpartition(": ")[2]  # TensorStore names files first
         raise OSError(
             f"{path} could not be written ({reason}): make room, then go on with --resume"
         ) from error
@@ -222,5 +225,16 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in pathlib.Path(record.pathname).parts
+@functools.cache
+def _hush() -> None:
+    """Drops what Orbax logs, and what its event loops print when they are left in the middle of a failed save.
+
+    Both speak of its inside; that something failed, and where, is in the error. What others log passes.
+    """
+
+    def unraisable(what) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in pathlib.Path(record.pathname).parts)
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
