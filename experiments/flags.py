@@ -81,7 +81,7 @@ def configs(values: flags.FlagValues) -> list[Config]:
             **given,
             method=method,
             opt=options[method],
-            out_dir=f"{out}/{method}" if several else out,
+            out_dir=f"{out}/{method}" if several and out else out,
         )
         for method in methods
     ]

@@ -1,18 +1,35 @@
 """From the command line to runs, their folders and one comparison."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from absl import flags
+
+from fedgalore_jax.config import Config
 
 USAGE = """python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]
 python run.py --evaluate=DIR --task=TASK   the metrics of a saved model on the test split, as JSON
 python run.py --predict=FILE --model=DIR --task=TASK   its answer to every sample of a file, as JSON lines
 python run.py --list | --help"""
+
+
+def reuse_programs() -> None:
+    """Keeps compiled programs in the user's cache, where JAX was given no other place: a run that goes on, or
+    that differs in nothing but numbers, does not compile again."""
+    import jax
+
+    from fedgalore_jax.data.tokens import default_cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(default_cache() / "programs"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,8 +41,8 @@ def guarded(program: Callable[[], None]) -> None:
     """Runs a program. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130."""
     try:
         program()
-    except KeyboardInterrupt:
-        _stop("interrupted; every file and every line that was written is whole", 130)
+    except KeyboardInterrupt as interrupt:
+        _stop(f"interrupted; every file and every line that was written is whole{interrupt}", 130)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
         _stop(str(error), 2)
     except MemoryError as error:
@@ -60,30 +77,73 @@ def _main(argv: list[str]) -> None:
     if values.evaluate is not None or values.predict is not None:
         _use(values)
         return
-    if values.out_dir is None:
+    if values.out_dir is None and not values.resume:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)
 
+    from fedgalore_jax.train import Preempted
+
+    out = pathlib.Path(values.out_dir)
+    hint = f"go on with the same command and --resume --out_dir={out}"
+    try:
+        with _terminated() as stop:
+            _train(runs, out, stop)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; {hint}" if any(out.glob("**/digests.json")) else "") from None
+    except Preempted as error:
+        _stop(f"{error}; {hint}", os.EX_TEMPFAIL)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which then ends nothing by itself."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> None:
+    """Runs one config or compares several; with `--resume`, what is left of them."""
     from experiments import report
     from fedgalore_jax import prepare, train
     from fedgalore_jax.data.partition import counts
-    from fedgalore_jax.folder import refuse_used
+    from fedgalore_jax.folder import CONFIG, SUMMARY, claim, refuse_used
 
-    out = pathlib.Path(values.out_dir)
-    if len(runs) > 1:
+    several, resume = len(runs) > 1, runs[0].resume
+    if several and (out / CONFIG).exists():
+        raise ValueError(f"out_dir={str(out)!r} holds a run of one method: choose a new folder")
+    if several and not resume:
         refuse_used(out)
-    results = []
-    for prepared in [prepare.prepare(config) for config in runs]:  # all are sound before the first begins
-        folder = pathlib.Path(prepared.config.out_dir)
-        results.append(train.execute(prepared))
-        dataset = prepared.dataset
+    found = [train.finished(config) for config in runs]
+    if all(found) and (out / SUMMARY).exists():
+        print(f"{out} is complete: nothing is left to do")
+        return
+    # All are sound before the first begins.
+    ready = [None if done else prepare.prepare(config) for config, done in zip(runs, found, strict=True)]
+
+    def train_one(prepared: prepare.Prepared) -> train.Result:
+        dataset, folder = prepared.dataset, pathlib.Path(str(prepared.config.out_dir))
         clients = counts(prepared.federation.parts, dataset.classes)
-        report.heat_map(folder / "clients.png", clients, dataset.label_names)
-        report.curves(folder, [results[-1]])
-        print(report.result_line(results[-1], folder))
-    if len(results) > 1:
-        report.compare(out, results)
+
+        def draw(result: train.Result) -> None:
+            report.heat_map(folder / "clients.png", clients, dataset.label_names)
+            report.curves(folder, [result])
+
+        if stop():
+            raise train.Preempted(f"told to end, before {prepared.config.method}")
+        return train.execute(prepared, stop=stop, draw=draw)
+
+    with claim(out, resume=resume) if several else contextlib.nullcontext():
+        results = []
+        for config, done, prepared in zip(runs, found, ready, strict=True):
+            results.append(train_one(prepared) if prepared else done)
+            print(report.result_line(results[-1], pathlib.Path(str(config.out_dir))))
+        if several:
+            report.compare(out, results)
 
 
 def _use(values: flags.FlagValues) -> None:

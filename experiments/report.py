@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedgalore_jax.folder import write_json
+from fedgalore_jax.folder import SUMMARY, write_json
 from fedgalore_jax.progress import human
-from fedgalore_jax.train import Result
+from fedgalore_jax.train import Finished, Result
+
+Record = Result | Finished
 
 
-def result_line(result: Result, out_dir: pathlib.Path) -> str:
+def result_line(result: Record, out_dir: pathlib.Path) -> str:
     """A finished run in one line."""
     summary = result.summary
     final = ", ".join(f"{name} {value:.4f}" for name, value in summary["final"].items())
@@ -20,7 +22,7 @@ def result_line(result: Result, out_dir: pathlib.Path) -> str:
     )
 
 
-def compare(out: pathlib.Path, results: list[Result]) -> None:
+def compare(out: pathlib.Path, results: list[Record]) -> None:
     """Prints the comparison, best first, and writes `summary.json` and `curves.png` into `out`."""
     metric = results[0].summary["metric"]
     results = sorted(results, key=lambda r: -r.summary["final"][metric])
@@ -46,11 +48,11 @@ def compare(out: pathlib.Path, results: list[Result]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *cells]))
     if any(result.summary["personal"] for result in results):
         print("* a model per client, each judged on its own share of the test split")
-    write_json(out / "summary.json", {r.summary["method"]: r.summary for r in results})
     curves(out, results)
+    write_json(out / SUMMARY, {r.summary["method"]: r.summary for r in results})
 
 
-def curves(out: pathlib.Path, results: list[Result]) -> None:
+def curves(out: pathlib.Path, results: list[Record]) -> None:
     """Draws the validation metric and the training loss over rounds into `out/curves.png`."""
     pyplot = _pyplot()
     metric = results[0].summary["metric"]

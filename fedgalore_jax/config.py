@@ -1,13 +1,18 @@
 """The description of a run. Plain data: `json.dumps(dataclasses.asdict(config))` is `config.json`."""
 
+import dataclasses
+import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 KEEP = ("last", "best")
+MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override")
+"""Fields that may differ when a run goes on: no number of it depends on them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Config:
       keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
       seed: of every random choice.
       out_dir: where the run is written; nothing is written if None.
+      checkpoint_every: rounds between checkpoints in `out_dir`, which `resume` goes on from; there is one
+        after the last round too. With 0 there is none, but where the run is told to end (SIGTERM).
+      keep_checkpoints: the newest that are kept; with two, a damaged one has one before it.
+      resume: go on with the run in `out_dir`; a new one starts there if there is none.
+      override: resume although fields differ from those that the run in `out_dir` began with.
     """
 
     task: str = "digits"
@@ -99,10 +109,15 @@ class Config:
     keep: str = "last"
     seed: int = 0
     out_dir: str | None = None
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    resume: bool = False
+    override: bool = False
 
     def __post_init__(self):
         """Refuses what cannot run, before anything is loaded or compiled."""
-        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards"):
+        counts = ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards")
+        for name in (*counts, "keep_checkpoints"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
         for name in ("cohort", "chunk", "max_length", "eval_samples"):
             value = getattr(self, name)
@@ -121,6 +136,9 @@ class Config:
             self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
         self._require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         self._require("out_dir", self.out_dir != "", "a folder, or None")
+        self._require("checkpoint_every", self.checkpoint_every >= 0, "an integer >= 0; 0 for none")
+        self._require("resume", not self.resume or self.out_dir, "--out_dir too, the folder of the run")
+        self._require("override", not self.override or self.resume, "--resume too")
         fits = self.cohort is None or self.cohort <= self.clients
         self._require("cohort", fits, f"at most --clients, {self.clients}")
 
@@ -131,7 +149,19 @@ class Config:
             except re.error as error:
                 self._require(name, False, f"regular expressions ({error})")
 
-    def _require(self, name: str, ok: bool, remedy: str) -> None:
+    def changes(self, was: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What differs from an earlier run, `{field: (old, new)}`, but for what may (`MAY_CHANGE`).
+
+        Args:
+          was: the earlier run's `config.json`; a field that it lacks had its default.
+        """
+        now = json.loads(json.dumps(dataclasses.asdict(self)))
+        was = json.loads(json.dumps(dataclasses.asdict(Config()))) | dict(was)
+        names = [name for name in (*now, *was.keys() - now) if name not in MAY_CHANGE]
+        pairs = {name: (was[name], now.get(name)) for name in names}
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+    def _require(self, name: str, ok: Any, remedy: str) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r} is not usable: give {remedy}")
 

@@ -16,7 +16,7 @@ from fedgalore_jax.data import Dataset, FederatedData, Plan, Source, packages, p
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
 from fedgalore_jax.data.tokens import default_cache
-from fedgalore_jax.folder import refuse_used
+from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
 from fedgalore_jax.strategies.base import ROLES, Common
 from fedgalore_jax.types import Flat, Params
 
@@ -64,7 +64,8 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
       OSError: `out_dir` already holds something, or cannot be written.
     """
     if config.out_dir:
-        refuse_used(pathlib.Path(config.out_dir))
+        refuse_used(pathlib.Path(config.out_dir), resume=config.resume)
+        changes(config)
     task = tasks.get(config.task)
     strategy = strategy_of(config, task)
     dataset = load_data(config, task) if dataset is None else dataset
@@ -89,6 +90,25 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     wire = machine.wire(state, rows)
     base = model_path(config, task) if model is None else None
     return Prepared(config, task, dataset, federation, fns, params, machine, program, wire, base)
+
+
+def changes(config: Config) -> dict[str, tuple[Any, Any]]:
+    """What differs from the run that goes on in `out_dir`, `{field: (old, new)}`.
+
+    Raises:
+      ValueError: something does, and `override` is not set.
+    """
+    out = pathlib.Path(config.out_dir or "")
+    if not config.resume or is_new(out):
+        return {}
+    differing = config.changes(read_json(out / CONFIG))
+    if differing and not config.override:
+        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
+        raise ValueError(
+            f"out_dir={config.out_dir!r} cannot go on: {listed}; give the old values, or --override to go on"
+            " with the new ones"
+        )
+    return differing
 
 
 def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunState:

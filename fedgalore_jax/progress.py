@@ -13,19 +13,20 @@ class Progress:
 
     Args:
       total: rounds in all.
+      first: rounds that were done before.
       stream: where to write; stderr if None.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None):
-        self.total, self.stream = total, stream or sys.stderr
+    def __init__(self, total: int, first: int = 0, stream: TextIO | None = None):
+        self.total, self.first, self.stream = total, first, stream or sys.stderr
         self.live = self.stream.isatty()
         self.began = time.monotonic()
-        self.said, self.width = 0, 0
+        self.said, self.width = first * 10 // total, 0
 
     def show(self, done: int, text: str) -> None:
         """Reports that `done` rounds are complete; `text` says what came out."""
         spent = time.monotonic() - self.began
-        left = spent / max(done, 1) * (self.total - done)
+        left = spent / max(done - self.first, 1) * (self.total - done)
         line = f"round {done}/{self.total}  {text}  {clock(spent)} (ETA {clock(left)})"
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]

@@ -1,10 +1,12 @@
 """The one loop with side effects: trains, evaluates, writes."""
 
+import contextlib
 import dataclasses
 import pathlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,17 +14,31 @@ import jax
 import numpy as np
 
 from fedgalore_jax import engine, models, tree
+from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split, tokens
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
-from fedgalore_jax.folder import append_line, claim, write_json
+from fedgalore_jax.folder import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    append_line,
+    claim,
+    read_json,
+    read_lines,
+    refuse_used,
+    remove_leftovers,
+    write_json,
+    write_lines,
+)
 from fedgalore_jax.prepare import (
     BLOCK,
     Model,
     Prepared,
     by_role,
+    changes,
     describe,
     plan,
     prepare,
@@ -46,6 +62,26 @@ class Result(NamedTuple):
     summary: dict[str, Any]
 
 
+class Finished(NamedTuple):
+    """What a complete run left in its folder.
+
+    Attributes:
+      history, summary: as in `Result`.
+    """
+
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+class Preempted(Exception):
+    """A run was told to end, and did; with an `out_dir`, `resume` goes on with it."""
+
+
+def never() -> bool:
+    """A run goes on to its end."""
+    return False
+
+
 def run(
     config: Config,
     *,
@@ -57,7 +93,8 @@ def run(
 
     Args:
       config: what to run. With `out_dir`, the run leaves `config.json`, `metrics.jsonl` (a line as soon as
-        a round is read), `model/`, where the method has one `adapter/`, and, last, `summary.json` there.
+        a round is read), `checkpoints/`, `model/`, where the method has one `adapter/`, and, last,
+        `summary.json` there. With `resume` it goes on with the run that is there.
       model: your own `(fns, params)`, in place of the model that `config.model` names.
       dataset: your own, in place of the one that `config.task` loads.
       say: takes the few lines that describe the run; the live progress line goes to stderr.
@@ -67,27 +104,64 @@ def run(
 
     Raises:
       ValueError: a value that cannot be used, with its name and the remedy; nothing was written.
-      OSError: `out_dir` already holds something, or cannot be written.
+      OSError: `out_dir` already holds something, is held by another run, or cannot be written.
       FloatingPointError: the run diverged; the rounds before are written.
     """
     return execute(prepare(config, model=model, dataset=dataset), say=say)
 
 
-def execute(prepared: Prepared, *, say: Callable[[str], None] = print) -> Result:
-    """Trains, judges on the test split, and writes; see `run`."""
+def execute(
+    prepared: Prepared,
+    *,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], bool] = never,
+    draw: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """Trains, judges on the test split, and writes; see `run`.
+
+    Args:
+      prepared: the run.
+      say: takes the few lines that describe it.
+      stop: asked after every block of rounds; where it says so the run saves a checkpoint and ends.
+      draw: adds to what is in `out_dir` before `summary.json`, the mark of a complete run, is written.
+
+    Raises:
+      Preempted: `stop` said so.
+    """
     config = prepared.config
-    out = claim(pathlib.Path(config.out_dir)) if config.out_dir else None
-    if out:
-        write_json(out / "config.json", dataclasses.asdict(config))
-    say(describe(prepared))
-    loop = _Loop(prepared, out)
-    state, history = loop.run()
-    params = prepared.machine.strategy.export(state.server)
-    summary = loop.summary(state, params, history)
-    if out:
-        save_models(out, prepared, state, params, say)
-        write_json(out / "summary.json", summary)
-    return Result(params, history, summary)
+    with contextlib.ExitStack() as held:
+        out = checkpoints = None
+        if config.out_dir:
+            out = held.enter_context(claim(pathlib.Path(config.out_dir), resume=config.resume))
+            remove_leftovers(out)
+            checkpoints = held.enter_context(Checkpoints(out, config.keep_checkpoints))
+        say(describe(prepared))
+        loop = _Loop(prepared, out, checkpoints, say, stop)
+        state, history = loop.run()
+        params = prepared.machine.strategy.export(state.server)
+        if out and (out / SUMMARY).exists():
+            return Result(params, history, read_json(out / SUMMARY))
+        result = Result(params, history, loop.summary(state, params, history))
+        if out:
+            save_models(out, prepared, state, params, say)
+            draw(result)
+            write_json(out / SUMMARY, result.summary)
+    return result
+
+
+def finished(config: Config) -> Finished | None:
+    """What is in `out_dir` where `resume` finds a complete run there, and nothing that is to change it.
+
+    Raises:
+      ValueError, OSError: the run cannot go on.
+    """
+    out = pathlib.Path(config.out_dir or "")
+    if not config.resume:
+        return None
+    refuse_used(out, resume=True)
+    if not (out / SUMMARY).exists() or changes(config):
+        return None
+    return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
 
 
 def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Callable[[str], None]) -> None:
@@ -138,15 +212,23 @@ def save_models(
 def validate(config: Config) -> float:
     """Trains and returns the final validation metric; neither writes nor looks at the test split."""
     prepared = prepare(config)
-    _, history = _Loop(prepared, None).run()
+    _, history = _Loop(prepared).run()
     return history[-1][prepared.task.metric]
 
 
 class _Loop:
     """The rounds of one run, and what is measured on the way."""
 
-    def __init__(self, prepared: Prepared, out: pathlib.Path | None):
+    def __init__(
+        self,
+        prepared: Prepared,
+        out: pathlib.Path | None = None,
+        checkpoints: Checkpoints | None = None,
+        say: Callable[[str], None] = print,
+        stop: Callable[[], bool] = never,
+    ):
         self.prepared, self.config, self.out = prepared, prepared.config, out
+        self.checkpoints, self.say, self.stop = checkpoints, say, stop
         strategy = prepared.machine.strategy
         self.personal = strategy.personal
         export = (lambda state: strategy.export(*state)) if self.personal else strategy.export
@@ -155,22 +237,24 @@ class _Loop:
         self.best: Any = None
 
     def run(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
-        """All rounds; the state to keep and the history.
+        """All rounds that are left; the state to keep and the history.
 
         Block t - 1 is read, evaluated and written while block t computes.
         """
         config, machine = self.config, self.prepared.machine
-        history: list[dict[str, Any]] = []
-        progress = Progress(config.rounds)
+        state, history = self.start()
+        done = history[-1]["round"] if history else 0
+        progress = Progress(config.rounds, done)
         try:
-            state = start(config, machine, self.prepared.params)
-            record = {"round": 0} | self.measure(state, self.prepared.dataset.validation)
-            self.write(record, history)
-            self.best = state if config.keep == "best" else None
-            progress.show(0, f"{self.metric} {record[self.metric]:.3f}  compiling")
+            if not history:
+                self.write({"round": 0} | self.measure(state, self.prepared.dataset.validation), history)
+                self.best = state if config.keep == "best" else None
+            if done == config.rounds:
+                return self.kept(state), history
+            progress.show(done, f"{self.metric} {self.latest(history):.3f}  compiling")
             rounds_of = self.prepared.program.compile()
             began, pending = time.perf_counter(), None
-            for rounds in self.blocks():
+            for rounds in self.blocks(done):
                 rows = plan(config, machine, self.prepared.federation, rounds)
                 state, metrics = rounds_of(state, machine.train, rows, len(rounds))
                 if pending is not None:
@@ -180,13 +264,50 @@ class _Loop:
                 self.read(*pending, began, history, progress)
         finally:
             progress.close()
-        return self.best if config.keep == "best" else state, history
+        return self.kept(state), history
 
-    def blocks(self) -> Iterator[range]:
-        """Consecutive rounds that run in one call: up to the next evaluation, `BLOCK` at most."""
-        t, total = 0, self.config.rounds
+    def start(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
+        """The state to begin with and the history that led to it; the folder is made to tell the same.
+
+        Lines of `metrics.jsonl` after the checkpoint are dropped; their rounds are computed again, and are
+        bit by bit what they were.
+        """
+        config, out = self.config, self.out
+        begin = partial(start, config, self.prepared.machine, self.prepared.params)
+        if out is None or self.checkpoints is None:
+            return begin(), []
+        history, changed = read_lines(out / METRICS), changes(config)
+
+        def saved(rounds):
+            like, best = abstract(begin()), self.best_of(history[: rounds + 1])["round"]
+            return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
+
+        found = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
+        if (out / SUMMARY).exists() and not changed and (found is None or found[0] < config.rounds):
+            raise FileExistsError(
+                f"out_dir={config.out_dir!r} is complete, but the checkpoint of its last round is gone:"
+                " what it learned is in its model/ (or models/)"
+            )
+        if changed:
+            (out / SUMMARY).unlink(missing_ok=True)
+        write_json(out / CONFIG, dataclasses.asdict(config))
+        if found is None:
+            if history:
+                self.say("no checkpoint can be used: starting again at round 0")
+            write_lines(out / METRICS, [])
+            return begin(), []
+        rounds, tree = found
+        self.say(f"going on from the checkpoint of round {rounds}")
+        write_lines(out / METRICS, history[: rounds + 1])
+        self.best = tree.get("best", tree["state"]) if config.keep == "best" else None
+        return tree["state"], history[: rounds + 1]
+
+    def blocks(self, done: int) -> Iterator[range]:
+        """The rounds left, cut into calls: up to the next evaluation or checkpoint, `BLOCK` at most."""
+        t, total = done, self.config.rounds
         while t < total:
-            stop = min(t - t % self.config.eval_every + self.config.eval_every, t + BLOCK, total)
+            ends = (t - t % n + n for n in (self.config.eval_every, self.config.checkpoint_every) if n)
+            stop = min(*ends, t + BLOCK, total)
             yield range(t, stop)
             t = stop
 
@@ -199,7 +320,7 @@ class _Loop:
             record |= {name: value[i].tolist() for name, value in metrics.items()}
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.dataset.validation)
-                if record[self.metric] > self.reached(history):
+                if record[self.metric] > self.best_of(history)[self.metric]:
                     self.best = state if self.config.keep == "best" else None
             if wild := [name for name in ("train_loss", "loss") if not np.isfinite(record.get(name, 0))]:
                 raise FloatingPointError(
@@ -208,18 +329,38 @@ class _Loop:
             seconds = round((now - began) / len(rounds), 4)
             record |= {"bytes_up": wire.up, "bytes_down": wire.down, "seconds": seconds}
             self.write(record, history)
-            latest = next(h[self.metric] for h in reversed(history) if self.metric in h)
-            text = f"loss {record['train_loss']:.4f}  {self.metric} {latest:.3f}"
+            text = f"loss {record['train_loss']:.4f}  {self.metric} {self.latest(history):.3f}"
             progress.show(t + 1, f"{text}  {human(wire.up)} up a client")
+        self.checkpoint(rounds.stop, state)
         return now
+
+    def checkpoint(self, done: int, state: engine.RunState) -> None:
+        """Saves the state after `done` rounds where that is due, and ends the run where it is told to."""
+        every, told = self.config.checkpoint_every, self.stop()
+        due = every and (done % every == 0 or done == self.config.rounds)
+        if self.checkpoints and (due or told):
+            best = {} if self.best is None or self.best is state else {"best": self.best}
+            self.checkpoints.save(done, {"state": state} | best)
+        if told:
+            if self.checkpoints:
+                self.checkpoints.wait()
+            raise Preempted(f"told to end, after round {done}")
 
     def due(self, done: int) -> bool:
         """Whether to evaluate after `done` rounds."""
         return done % self.config.eval_every == 0 or done == self.config.rounds
 
-    def reached(self, history: list) -> float:
-        """The best validation metric so far."""
-        return max(h[self.metric] for h in history if self.metric in h)
+    def best_of(self, history: list) -> dict[str, Any]:
+        """The first record with the best validation metric."""
+        return max((h for h in history if self.metric in h), key=lambda record: record[self.metric])
+
+    def latest(self, history: list) -> float:
+        """The newest validation metric."""
+        return next(h[self.metric] for h in reversed(history) if self.metric in h)
+
+    def kept(self, state: engine.RunState) -> engine.RunState:
+        """Which state the run is judged by, given the last one."""
+        return self.best if self.config.keep == "best" else state
 
     def measure(self, state: engine.RunState, split: Split) -> dict[str, float]:
         """The task's metrics on a split: of the global model, or of each client's own on its share."""
@@ -234,12 +375,12 @@ class _Loop:
         """Keeps a record, and appends its line."""
         history.append(record)
         if self.out:
-            append_line(self.out / "metrics.jsonl", record)
+            append_line(self.out / METRICS, record)
 
     def summary(self, state: engine.RunState, params: Params, history: list) -> dict[str, Any]:
         """Totals, and the test split's one use."""
         judged = [record for record in history if self.metric in record]
-        best = max(judged, key=lambda record: record[self.metric])
+        best = self.best_of(history)
         kept = best if self.config.keep == "best" else judged[-1]
         config, wire = self.config, self.prepared.wire
         missed = int(sum(record.get("bytes_catch_up", 0) for record in history))

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"types"},
     {"tree", "adapters", "lowrank", "config", "progress", "folder"},
-    {"galore", "shared_signal", "optimizer", "corrections", "models", "data", "metrics"},
+    {"galore", "shared_signal", "optimizer", "corrections", "models", "data", "metrics", "checkpoint"},
     {"strategies", "tasks"},
     {"client"},
     {"engine", "evaluation"},

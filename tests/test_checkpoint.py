@@ -1,0 +1,503 @@
+"""Runs that are killed, told to end, damaged or changed, and go on; and their checkpoints alone."""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import absl.flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problem
+import pytest
+from forked import Forked
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import flags as our_flags
+from experiments import report
+from experiments.launch import main
+from fedgalore_jax import checkpoint, folder, models, prepare, strategies, train
+from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
+from fedgalore_jax.models import configs, vit
+
+ROUNDS = 12
+TINY = vit.Config(
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=8,
+    image_size=8,
+    patch_size=4,
+    num_channels=1,
+    initializer_range=0.3,
+    labels=tuple("0123456789"),
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """All runs here are one run: their programs are compiled once."""
+    cache, options = tmp_path_factory.mktemp("programs"), {"jax_persistent_cache_min_compile_time_secs": 0}
+    options |= {"jax_compilation_cache_dir": str(cache)}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield cache
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def flags(programs, tmp_path_factory):
+    """Of a run in which rounds are missed, evaluations and checkpoints do not coincide, and one is best."""
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    fns = configs.family_of(TINY).build(TINY, scan_layers=True)
+    models.save(model, fns, fns.init(jax.random.key(0)))
+    shape = ["--clients=3", "--cohort=2", "--local_steps=1", "--batch_size=4", "--rank=2", "--lr=0.05"]
+    every = ["--eval_every=2", "--eval_samples=20", "--keep=best", f"--rounds={ROUNDS}"]
+    return [f"--model={model}", *shape, *every, "--checkpoint_every=3"]
+
+
+@pytest.fixture(scope="module")
+def prepared(flags):
+    """The run that all of these tests make; it is prepared once."""
+    values = absl.flags.FlagValues()
+    our_flags.define(values)
+    values(["run.py", *flags])
+    (config,) = our_flags.configs(values)
+    return prepare.prepare(config)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """The folder of the run that nothing happened to."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    execute(prepared, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ended(prepared, tmp_path_factory):
+    """The folder of the same run, told to end after eight rounds."""
+    out = tmp_path_factory.mktemp("runs") / "ended"
+    blocks = iter(range(100))
+    with pytest.raises(train.Preempted, match="after round 8"):
+        execute(prepared, out, stop=lambda: next(blocks) == 4)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"6", "8"}
+    assert records(out)[-1]["round"] == 8 and not (out / "summary.json").exists()
+    return out
+
+
+@pytest.fixture
+def copy(ended, tmp_path):
+    return shutil.copytree(ended, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def forked(programs):
+    forked = Forked(programs)
+    yield forked
+    forked.close()
+
+
+def launch(*args):
+    main(["run.py", *args])
+
+
+def execute(prepared, out, *, stop=train.never, **changes):
+    """Runs in a folder, or goes on there; what was said, and the result."""
+    said, config = [], dataclasses.replace(prepared.config, out_dir=str(out), **changes)
+    result = train.execute(prepared._replace(config=config), say=said.append, stop=stop)
+    return said[1:], result
+
+
+def records(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def same(out, whole):
+    assert records(out) == records(whole)
+    weights = "model/model.safetensors"
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (out, whole))
+    assert {**ours, "seconds_per_round": 0} == {**theirs, "seconds_per_round": 0}
+    pictures = {"curves.png", "clients.png"}
+    assert {path.name for path in out.iterdir()} - pictures <= {path.name for path in whole.iterdir()}
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_the_run_is_what_the_tests_need(whole):
+    """The best round is not the last and has no checkpoint of its own; the last two checkpoints are kept."""
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["best"]["round"] % 3 and 0 < summary["best"]["round"] < ROUNDS - 3
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"9", "12"}
+    shapes = json.loads((whole / "checkpoints" / "12" / "shapes.json").read_text())
+    assert any("best" in path for path in shapes) and any("state" in path for path in shapes)
+
+
+def test_numbers_do_not_depend_on_checkpoints(prepared, whole, tmp_path):
+    execute(prepared, tmp_path / "out", checkpoint_every=0)
+    same(tmp_path / "out", whole)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_what_was_told_to_end_goes_on(prepared, whole, copy, capfd):
+    said, _ = execute(prepared, copy, resume=True)
+    assert said == ["going on from the checkpoint of round 8"]
+    same(copy, whole)
+    out, error = capfd.readouterr()
+    assert out == "" and all(line.startswith("round ") for line in error.splitlines())
+
+
+def test_rounds_after_the_checkpoint_are_written_once(prepared, whole, copy):
+    """As a kill leaves them: whole lines, and half a line."""
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:11]) + lines[11][:30])
+    execute(prepared, copy, resume=True)
+    same(copy, whole)
+
+
+def test_a_damaged_checkpoint_falls_back(prepared, whole, copy, capfd):
+    arrays = max((copy / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(arrays, arrays.stat().st_size // 2)
+    said, _ = execute(prepared, copy, resume=True)
+    assert said[0].startswith("the checkpoint of round 8 cannot be used: ") and "is damaged" in said[0]
+    assert said[1:] == ["going on from the checkpoint of round 6"]
+    same(copy, whole)
+    assert all(line.startswith("round ") for line in capfd.readouterr().err.splitlines())
+
+
+def test_without_a_usable_checkpoint_it_starts_again(prepared, whole, copy):
+    for path in (copy / "checkpoints").glob("*/digests.json"):
+        path.unlink()
+    said, _ = execute(prepared, copy, resume=True)
+    lost = [f"the checkpoint of round {rounds} cannot be used: digests.json is missing" for rounds in (8, 6)]
+    assert said == [*lost, "no checkpoint can be used: starting again at round 0"]
+    same(copy, whole)
+
+
+def test_a_lost_metrics_file_starts_again(prepared, whole, copy):
+    (copy / "metrics.jsonl").unlink()
+    execute(prepared, copy, resume=True)
+    same(copy, whole)
+
+
+def test_after_the_last_round_only_the_writing_is_left(prepared, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "summary.json").unlink()
+    (out / "model" / "model.safetensors").unlink()
+    (out / ".model.x1").mkdir()
+    monkeypatch.setattr(train._Loop, "read", None)
+    said, _ = execute(prepared, out, resume=True)
+    assert said == ["going on from the checkpoint of round 12"]
+    same(out, whole)
+
+
+def test_a_complete_run_is_left_alone(flags, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    launch(*flags, "--resume", f"--out_dir={whole}")
+    assert capsys.readouterr().out == f"{whole} is complete: nothing is left to do\n"
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_complete_run_has_a_result(prepared, whole, tmp_path):
+    """For who asks from Python; without its last checkpoint, it is not trained again."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    _, result = execute(prepared, out, resume=True)
+    assert len(result.history) == ROUNDS + 1 and result.summary["rounds"] == ROUNDS
+    _, saved = models.load(out / "model")
+    jax.tree.map(np.testing.assert_array_equal, result.params, saved)
+    shutil.rmtree(out / "checkpoints" / "12")
+    before = contents(out)
+    with pytest.raises(FileExistsError, match="is complete, but the checkpoint of its last round is gone"):
+        execute(prepared, out, resume=True)
+    assert before == contents(out)
+
+
+def test_a_changed_config_is_refused(flags, copy, capsys):
+    before = contents(copy)
+    with pytest.raises(SystemExit) as stop:
+        launch(*flags, "--resume", f"--out_dir={copy}", "--seed=1", "--clip=2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "clip was 1.0 and is 2.0, seed was 0 and is 1; give the old values, or --override" in error
+    with pytest.raises(SystemExit):
+        launch(*flags, "--resume", f"--out_dir={copy}", "--rank=3", "--override")
+    error = capsys.readouterr().err
+    assert "copy/checkpoints/8 has float32[1, 2, 8] at" in error and error.count("\n") == 1
+    assert before == contents(copy)
+
+
+def test_a_complete_run_can_be_made_longer(prepared, whole, tmp_path):
+    out = tmp_path / "out"
+    execute(prepared, out, rounds=8)
+    execute(prepared, out, resume=True, override=True, checkpoint_every=5)
+    same(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--resume"], "resume=True is not usable: give --out_dir too"),
+        (["--override", "--out_dir=x"], "override=True is not usable: give --resume too"),
+        (["--checkpoint_every=-1"], "checkpoint_every=-1"),
+        (["--keep_checkpoints=0"], "keep_checkpoints=0"),
+        (["--resume", "--out_dir=tests"], "out_dir='tests' holds no run to go on with"),
+    ],
+)
+def test_bad_flags(args, error, capsys):
+    with pytest.raises(SystemExit):
+        launch(*args)
+    assert error in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(flags, prepared, copy, capsys):
+    before = contents(copy)
+    with folder.locked(copy):
+        for args in (["--resume"], []):
+            with pytest.raises(SystemExit) as stop:
+                launch(*flags, f"--out_dir={copy}", *args)
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and "is in use" in error and error.count("\n") == 1
+        with pytest.raises(FileExistsError, match="another run writes there now"):
+            execute(prepared, copy, resume=True)
+    assert before == contents(copy)
+
+
+def test_a_folder_that_was_only_claimed_is_new(tmp_path):
+    with folder.claim(tmp_path / "out") as out:
+        (out / "config.partial").write_text("{")
+    folder.refuse_used(out)
+    with folder.claim(out):
+        (out / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is in use"), folder.claim(out):
+        pass
+
+
+def test_a_comparison_goes_on_where_it_was(flags, tmp_path, capsys, monkeypatch):
+    """SIGTERM comes between two methods: the first is kept as it is, the second runs."""
+    args = [*flags, "--method=fedgalore,fedavg", "--rounds=2", "--keep=last", f"--out_dir={tmp_path / 'out'}"]
+    line = report.result_line
+    monkeypatch.setattr(report, "result_line", lambda *a: signal.raise_signal(signal.SIGTERM) or line(*a))
+    with pytest.raises(SystemExit) as stop:
+        launch(*args)
+    assert stop.value.code == 75
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ": told to end, before fedavg; go on with the same command and --resume" in error
+    monkeypatch.undo()
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "fedgalore").rglob("*")}
+    launch(*args, "--resume")
+    assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "fedgalore").rglob("*")}
+    assert {row.split()[0] for row in capsys.readouterr().out.splitlines()[-2:]} == {"fedgalore", "fedavg"}
+    assert set(json.loads((tmp_path / "out" / "summary.json").read_text())) == {"fedgalore", "fedavg"}
+    launch(*args, "--resume")
+    assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete: nothing is left to do\n"
+    with pytest.raises(SystemExit):
+        launch(*args[:-1], "--resume", f"--out_dir={tmp_path / 'out' / 'fedavg'}")
+    assert "holds a run of one method" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_with_one_line(flags, prepared, whole, copy, capfd, monkeypatch):
+    digest = checkpoint._digest
+
+    def full(path):
+        if "9" in path.parts:
+            raise OSError(28, "No space left on device")
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_digest", full)
+    with pytest.raises(SystemExit) as stop:
+        launch(*flags, "--resume", f"--out_dir={copy}")
+    error = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("round ")]
+    assert stop.value.code == 2 and len(error) == 1
+    assert "checkpoints/9 could not be written (No space left on device): make room" in error[0]
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"6", "8"}
+    monkeypatch.undo()
+    execute(prepared, copy, resume=True)
+    same(copy, whole)
+
+
+def test_sigterm_ends_a_process_with_75(flags, whole, forked, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    pid = forked.start(log, *flags, "--rounds=100000", "--checkpoint_every=0", f"--out_dir={out}")
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert forked.status() == 75, log.read_text()
+    done = records(out)[-1]["round"]
+    line = (
+        f"run.py: told to end, after round {done}; go on with the same command and --resume --out_dir={out}"
+    )
+    assert log.read_text().splitlines()[-1] == line and "Traceback" not in log.read_text()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(done)]
+    assert records(out) == (records(whole) + records(out)[ROUNDS + 1 :])[: done + 1]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(17, marks=pytest.mark.slow)])
+def test_killed_at_any_instant(kills, flags, whole, forked, tmp_path):
+    """SIGKILL after a random time, again and again; whenever a run comes to its end, another one begins."""
+    rng, log, runs = random.Random(kills), tmp_path / "log", 0
+    began = time.monotonic()
+    forked.start(log, *flags, f"--out_dir={tmp_path / 'timed'}", "--resume")
+    assert forked.status() == 0, log.read_text()
+    same(tmp_path / "timed", whole)
+    seconds = time.monotonic() - began
+    while True:
+        out = tmp_path / f"run-{runs}"
+        pid = forked.start(log, *flags, f"--out_dir={out}", "--resume")
+        if kills:
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(pid, signal.SIGKILL)
+        status = forked.status()
+        assert status in (0, -signal.SIGKILL), log.read_text()
+        if status:
+            kills -= 1
+            continue
+        same(out, whole)
+        runs += 1
+        if not kills:
+            break
+    assert "Traceback" not in log.read_text()
+
+
+def tree(seed=0):
+    key = jax.random.key(seed)
+    return {"kernel": jax.random.normal(key, (200, 300)), "key": key, "round": jnp.int32(seed)}
+
+
+def equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.aval == b.aval  # shape, type and whether that is weak
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = map(jax.random.key_data, (a, b))
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", strategies.names())
+def test_every_state_comes_back_as_it_was(method, tmp_path):
+    """Types, structure and bits: the next round has no way to differ."""
+    options = {"ranks": (3, 2)} if method in ("flora", "flexlora", "hetlora", "ilora", "lora_a2") else {}
+    _, _, state = problem.setup(method, **options)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        equal(checkpoints.restore(1, abstract(state)), state)
+
+
+def test_any_damage_is_seen(tmp_path, capfd):
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        for rounds in (1, 2):
+            checkpoints.save(rounds, tree(rounds))
+        checkpoints.wait()
+        last, like = tmp_path / "checkpoints" / "2", abstract(tree())
+        whole = {path: path.read_bytes() for path in last.rglob("*") if path.is_file()}
+        assert len(whole) > 8
+        for path, content in whole.items():
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            for damaged in (None, b"", content[:middle], flipped):
+                path.unlink() if damaged is None else path.write_bytes(damaged)
+                with pytest.raises(OSError, match=r"is damaged|is missing"):
+                    checkpoints.restore(2, like)
+                path.write_bytes(content)
+        equal(checkpoints.restore(2, like), tree(2))
+        said = []
+        (last / "arrays" / "_METADATA").unlink()
+        rounds, found = checkpoints.newest(lambda rounds: like, 9, said.append)
+        assert rounds == 1 and said == ["the checkpoint of round 2 cannot be used: _METADATA is missing"]
+        equal(found, tree(1))
+        assert checkpoints.rounds() == [1]
+        assert checkpoints.newest(lambda rounds: like, 0, said.append) is None and checkpoints.rounds() == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_tree_is_a_misfit_and_stays(tmp_path):
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(1, tree())
+        checkpoints.wait()
+        for other in ({**tree(), "kernel": jnp.zeros((200, 301))}, {**tree(), "more": jnp.zeros(3)}):
+            with pytest.raises(Misfit, match="where a run with these values has float32"):
+                checkpoints.newest(lambda rounds, other=other: abstract(other), 1, print)
+        equal(checkpoints.restore(1, abstract(tree())), tree())
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for rounds in (1, 2, 5, 10):
+            checkpoints.save(rounds, tree(rounds))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow past 16 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_leaves_the_one_before(tmp_path, capfd, request):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, tree(1))
+        checkpoints.wait()
+        request.getfixturevalue("small_files")
+        checkpoints.save(2, tree(2))
+        with pytest.raises(
+            OSError, match=r"checkpoints/2 could not be written \(.*File too large.*make room"
+        ):
+            checkpoints.wait()
+        assert checkpoints.rounds() == [1]
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        equal(checkpoints.restore(1, abstract(tree())), tree(1))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, small_files):
+    path, record = tmp_path / "metrics.jsonl", {"text": "x" * 1000}
+    with pytest.raises(OSError, match=r"bytes of a line|too large"):
+        for _ in range(20):
+            folder.append_line(path, record)
+    assert path.read_text().endswith("}\n") and set(path.read_text().splitlines()) == {json.dumps(record)}
+    assert folder.read_lines(path) == [record] * 16
+
+
+RESTORE = """
+import pathlib, sys, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from fedgalore_jax.checkpoint import Checkpoints
+
+mesh = jax.sharding.Mesh(jax.devices(), "x")
+def place(shape, dtype, *axes):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+like = {"kernel": place((200, 300), jnp.float32, None, "x"), "key": place((), jax.random.key(0).dtype),
+    "round": place((), jnp.int32)}
+with Checkpoints(pathlib.Path(sys.argv[1]), 1) as checkpoints:
+    tree = checkpoints.restore(1, like)
+assert tree["kernel"].sharding == like["kernel"].sharding and len(tree["kernel"].addressable_shards) == 4
+assert (tree["kernel"] == jax.random.normal(tree["key"], (200, 300))).all() and int(tree["round"]) == 1
+"""
+
+
+def test_a_checkpoint_goes_onto_other_devices(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, tree(1))
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-W", "error", "-c", RESTORE, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
