@@ -115,7 +115,7 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
 
     several, resume = len(runs) > 1, runs[0].resume
     if several and (out / CONFIG).exists():
-        raise ValueError(f"out_dir={str(out)!r} holds a run of one method: choose a new folder")
+        raise ValueError(f"out_dir={str(out)!r} is in use by a run of one method: choose a new folder")
     if several and not resume:
         refuse_used(out)
     found = [train.finished(config) for config in runs]

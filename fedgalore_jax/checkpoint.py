@@ -227,7 +227,7 @@ def _digest(path: pathlib.Path) -> str:
 
 @functools.cache
 def _hush() -> None:
-    """Drops what Orbax logs, and what its event loops print when they are left in the middle of a failed save.
+    """Drops what Orbax logs, and what its event loops print when a failed save leaves them.
 
     Both speak of its inside; that something failed, and where, is in the error. What others log passes.
     """

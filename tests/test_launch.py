@@ -56,6 +56,7 @@ def test_a_comparison_has_a_table_and_a_folder_per_method(compared):
     for method in ("fedgalore", "fedavg", "fedit"):
         files = {file.name for file in (out / method).iterdir()}
         wanted = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "clients.png", "model"}
+        wanted |= {"checkpoints", ".lock"}
         assert files == wanted | ({"adapter"} if method == "fedit" else set())
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
