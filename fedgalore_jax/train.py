@@ -16,7 +16,7 @@ from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split, tokens
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
-from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
+from fedgalore_jax.evaluation import generated, personal_metrics, test_metrics
 from fedgalore_jax.folder import append_line, claim, write_json
 from fedgalore_jax.prepare import (
     BLOCK,
@@ -135,9 +135,8 @@ def save_models(
     save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
-def validate(config: Config) -> float:
+def validate(prepared: Prepared) -> float:
     """Trains and returns the final validation metric; neither writes nor looks at the test split."""
-    prepared = prepare(config)
     _, history = _Loop(prepared, None).run()
     return history[-1][prepared.task.metric]
 
@@ -147,10 +146,7 @@ class _Loop:
 
     def __init__(self, prepared: Prepared, out: pathlib.Path | None):
         self.prepared, self.config, self.out = prepared, prepared.config, out
-        strategy = prepared.machine.strategy
-        self.personal = strategy.personal
-        export = (lambda state: strategy.export(*state)) if self.personal else strategy.export
-        self.evaluator = evaluator(prepared.task, prepared.fns, export)
+        self.personal, self.evaluator = prepared.machine.strategy.personal, prepared.evaluator
         self.metric = prepared.task.metric
         self.best: Any = None
 
@@ -168,7 +164,7 @@ class _Loop:
             self.write(record, history)
             self.best = state if config.keep == "best" else None
             progress.show(0, f"{self.metric} {record[self.metric]:.3f}  compiling")
-            rounds_of = self.prepared.program.compile()
+            rounds_of = self.prepared.compile()
             began, pending = time.perf_counter(), None
             for rounds in self.blocks():
                 rows = plan(config, machine, self.prepared.federation, rounds)
