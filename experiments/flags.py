@@ -28,7 +28,7 @@ _DEFINE = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     bool: flags.DEFINE_boolean,
-    tuple[int, ...]: functools.partial(flags.DEFINE, _Integers()),
+    tuple[int, ...]: functools.partial(flags.DEFINE, _Integers(), serializer=flags.CsvListSerializer(",")),
 }
 _ELSEWHERE = ("method", "opt")
 

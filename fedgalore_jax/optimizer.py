@@ -94,7 +94,7 @@ def with_state(opt: Tree, state: Any) -> Tree:
 
 
 def adamw_tail(
-    lr: float | Schedule, weight_decay: float, lr_ratio: Sequence[tuple[str, float]] = ()
+    lr: float | Schedule, weight_decay: float, lr_ratio: Sequence[tuple[str, float | Array]] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """What follows Adam in AdamW: decoupled decay, then the step size, in optax's order.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from fedgalore_jax import engine, models, strategies, tasks, tree
+from fedgalore_jax import engine, evaluation, models, strategies, tasks, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, FederatedData, Plan, Source, packages, partition
 from fedgalore_jax.data.federated import PARTITION
@@ -18,7 +19,7 @@ from fedgalore_jax.data.partition import table
 from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
 from fedgalore_jax.strategies.base import ROLES, Common
-from fedgalore_jax.types import Flat, Params
+from fedgalore_jax.types import Array, Flat, Params
 
 BLOCK = 50
 """Most rounds in one compiled call."""
@@ -34,7 +35,8 @@ class Prepared(NamedTuple):
       task, dataset, federation: what is learned, by whom.
       fns, params: the model before round 0.
       machine: the engine.
-      program: its rounds, lowered and ready to be compiled.
+      compile: makes the program of its rounds, see `engine.Engine.rounds`.
+      evaluator: of what `Strategy.export` takes.
       wire: bytes of one client.
       base: directory of the model before round 0, None for one of your own.
     """
@@ -46,18 +48,23 @@ class Prepared(NamedTuple):
     fns: models.ModelFns
     params: Params
     machine: engine.Engine
-    program: Any
+    compile: Callable[[], Any]
+    evaluator: evaluation.Evaluator
     wire: engine.Wire
     base: pathlib.Path | None
 
 
-def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | None = None) -> Prepared:
+def prepare(
+    config: Config, *, model: Model | None = None, dataset: Dataset | None = None, any_rate: bool = False
+) -> Prepared:
     """Everything that can fail for a bad configuration.
 
     Args:
       config: of the run.
       model: `(fns, params)` in place of the one that `config.model` names.
       dataset: in place of the one that `config.task` loads; the task still gives loss and metrics.
+      any_rate: whether the program takes the learning rate as an argument, its first, in place of the
+        config's.
 
     Raises:
       ValueError: a value that cannot be used, with its name and the remedy.
@@ -86,10 +93,19 @@ def prepare(config: Config, *, model: Model | None = None, dataset: Dataset | No
     )
     state = jax.eval_shape(lambda: start(config, machine, params))
     rows = plan(config, machine, federation, range(block_size(config)))
-    program = machine.rounds().lower(state, machine.train, rows, 1)
+
+    def with_rate(rate, *args):
+        return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
+
+    args = (state, machine.train, rows, 1)
+    lowered = jax.jit(with_rate).lower(1.0, *args) if any_rate else machine.rounds().lower(*args)
     wire = machine.wire(state, rows)
+    export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
+    evaluator = evaluation.evaluator(task, fns, export)
     base = model_path(config, task) if model is None else None
-    return Prepared(config, task, dataset, federation, fns, params, machine, program, wire, base)
+    return Prepared(
+        config, task, dataset, federation, fns, params, machine, lowered.compile, evaluator, wire, base
+    )
 
 
 def changes(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -129,8 +145,8 @@ def plan(config: Config, machine: engine.Engine, federation: FederatedData, roun
     return Plan(*(np.resize(field, (size, *field.shape[1:])) for field in rows))
 
 
-def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
-    """The strategy that a config names, with its options."""
+def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> strategies.Strategy:
+    """The strategy that a config names, with its options; a (traced) `rate` takes the place of its lr."""
     method, given = config.method, dict(config.opt)
     own = strategies.options(method)
     for name, flags in (("roles", "--adapt and --train"), ("head_ratio", "--head_lr")):
@@ -149,17 +165,19 @@ def strategy_of(config: Config, task: tasks.Task) -> strategies.Strategy:
         raise ValueError(f"no learning rate is tuned for {method} on {config.task}: give --lr")
     if not isinstance(lr, int | float) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r} is not usable: give a positive, finite number")
+    if rate is not None:
+        lr = rate
     steps = config.rounds * config.local_steps
-    schedule = {
-        "constant": lr,
-        "linear": optax.linear_schedule(lr, 0.0, steps),
-        "cosine": optax.cosine_decay_schedule(lr, steps),
+    shape = {
+        "constant": None if rate is None else optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, 0.0, steps),
+        "cosine": optax.cosine_decay_schedule(1.0, steps),
     }[config.schedule]
     common = {
-        "lr": schedule,
+        "lr": lr if shape is None else lambda step: lr * shape(step),
         "rank": config.rank,
         "ranks": config.ranks,
-        "head_ratio": (config.head_lr or lr) / lr,
+        "head_ratio": config.head_lr / lr if config.head_lr else 1.0,
         "weight_decay": config.weight_decay,
         "clip": config.clip,
         "roles": config.roles(task.train),

@@ -19,7 +19,7 @@ from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split, tokens
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
-from fedgalore_jax.evaluation import evaluator, generated, personal_metrics, test_metrics
+from fedgalore_jax.evaluation import generated, personal_metrics, test_metrics
 from fedgalore_jax.folder import (
     CONFIG,
     METRICS,
@@ -209,9 +209,8 @@ def save_models(
     save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
-def validate(config: Config) -> float:
+def validate(prepared: Prepared) -> float:
     """Trains and returns the final validation metric; neither writes nor looks at the test split."""
-    prepared = prepare(config)
     _, history = _Loop(prepared).run()
     return history[-1][prepared.task.metric]
 
@@ -229,10 +228,7 @@ class _Loop:
     ):
         self.prepared, self.config, self.out = prepared, prepared.config, out
         self.checkpoints, self.say, self.stop = checkpoints, say, stop
-        strategy = prepared.machine.strategy
-        self.personal = strategy.personal
-        export = (lambda state: strategy.export(*state)) if self.personal else strategy.export
-        self.evaluator = evaluator(prepared.task, prepared.fns, export)
+        self.personal, self.evaluator = prepared.machine.strategy.personal, prepared.evaluator
         self.metric = prepared.task.metric
         self.best: Any = None
 
@@ -252,7 +248,7 @@ class _Loop:
             if done == config.rounds:
                 return self.kept(state), history
             progress.show(done, f"{self.metric} {self.latest(history):.3f}  compiling")
-            rounds_of = self.prepared.program.compile()
+            rounds_of = self.prepared.compile()
             began, pending = time.perf_counter(), None
             for rounds in self.blocks(done):
                 rows = plan(config, machine, self.prepared.federation, rounds)

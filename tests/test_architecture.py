@@ -16,7 +16,7 @@ FLOORS = [
     {"client"},
     {"engine", "evaluation"},
     {"prepare"},
-    {"train", "saved"},
+    {"train", "saved", "trials"},
     {"experiments"},
     {"run"},
 ]

@@ -190,7 +190,7 @@ class Common:
       rank: r of adapters and subspaces; a subspace must be smaller than the side that it lies in.
       ranks: of the clients, cycled over their ids, where a method allows them to differ; `rank` is then the
         largest. None gives every client `rank`.
-      head_ratio: learning rate of `train` leaves as a multiple of `lr`.
+      head_ratio: learning rate of `train` leaves as a multiple of `lr`; may be traced.
       lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank` (a client's own rank, where they differ).
         None means a scale of 2.
       weight_decay: decoupled, on kernels only.
@@ -203,7 +203,7 @@ class Common:
     lr: float | Schedule
     rank: int = 4
     ranks: tuple[int, ...] | None = None
-    head_ratio: float = 1.0
+    head_ratio: float | Array = 1.0
     lora_alpha: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -221,7 +221,9 @@ class Common:
             whole = bool(self.ranks) and all(isinstance(r, int) and r > 0 for r in self.ranks)
             require("ranks", self.ranks, whole, "integers >= 1")
             require("ranks", self.ranks, max(self.ranks) == self.rank, f"a largest rank of {self.rank}")
-        for name in ("head_ratio", "weight_decay", "clip", "b1", "b2"):
+        if not isinstance(self.head_ratio, Array):
+            require("head_ratio", self.head_ratio, 0 <= self.head_ratio < math.inf, "a finite number >= 0")
+        for name in ("weight_decay", "clip", "b1", "b2"):
             value = getattr(self, name)
             require(name, value, 0 <= value < math.inf, "a finite number >= 0")
         require("b1", self.b1, self.b1 < 1, "a number in [0, 1)")
