@@ -155,7 +155,37 @@ def _answers(load) -> Task:
 
 
 _SCORES = {"cola": ("matthews", metrics.matthews), "mrpc": ("f1", metrics.f1), "qqp": ("f1", metrics.f1)}
-_DIGITS_LR = {"fedavg": 1e-3, "fedgalore": 1e-2, "fedit": 3e-3}
+_DIGITS_LR = {  # found as experiments/configs/digits_all.cfg says
+    "adel_fl": 1e-3,
+    "dual_adapter": 3e-3,
+    "fedadamw": 1e-3,
+    "fedavg": 1e-3,
+    "feddyn": 0.1,
+    "fedex_lora": 3e-3,
+    "fedgalore": 1e-2,
+    "fedglomo": 9e-3,
+    "fedit": 3e-3,
+    "fedlada": 1e-3,
+    "fedlore": 1e-2,
+    "fedopt": 0.3,
+    "fedprox": 1e-3,
+    "fedsa_lora": 3e-3,
+    "fedslop": 0.3,
+    "fedsmoo": 0.3,
+    "fedzmg": 0.1,
+    "ffa_lora": 1e-2,
+    "flexlora": 3e-3,
+    "flora": 3e-3,
+    "fr_lora": 3e-3,
+    "galore_avg": 1e-2,
+    "hetlora": 1e-2,
+    "ilora": 9e-4,
+    "lora_a2": 3e-3,
+    "lora_fair": 3e-3,
+    "rolora": 1e-2,
+    "scaffold": 0.1,
+    "ssf": 0.3,
+}
 _TASKS = {
     "digits": _image(_own(lambda source: digits.load()), "digits_vit", _DIGITS_LR),
     "digits_domains": _image(_own(lambda source: digits.domains()), "digits_vit"),
