@@ -16,6 +16,7 @@ FLOORS = [
     {"client"},
     {"engine", "evaluation"},
     {"prepare"},
+    {"results"},
     {"train", "saved", "trials"},
     {"experiments"},
     {"run"},
