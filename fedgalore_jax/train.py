@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import engine, models, tree
+from fedgalore_jax import engine
 from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, Split, tokens
+from fedgalore_jax.data import Dataset, Split
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import generated, personal_metrics, test_metrics
@@ -37,13 +37,13 @@ from fedgalore_jax.plans import BLOCK, plan
 from fedgalore_jax.prepare import (
     Model,
     Prepared,
-    by_role,
     changes,
     describe,
     prepare,
     start,
 )
 from fedgalore_jax.progress import Progress, human
+from fedgalore_jax.results import save_models
 from fedgalore_jax.types import Params
 
 SELDOM = ("absent", "rejected")
@@ -171,51 +171,6 @@ def finished(config: Config) -> Finished | None:
     if not (out / SUMMARY).exists() or changes(config):
         return None
     return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
-
-
-def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Callable[[str], None]) -> None:
-    """Writes what was learned next to the model it began with, where a method leaves that as LoRA factors.
-
-    What the folder cannot hold is named in one line through `say`.
-    """
-    strategy, base = prepared.machine.strategy, prepared.base
-    if strategy.adapter is None or base is None:
-        return
-    factors, lora_alpha = strategy.adapter(server)
-    kernels, head = models.adapter_paths(prepared.fns)
-    _, trained, _ = by_role(prepared.config, prepared.task, params)
-    if missing := (factors.keys() - kernels) | (trained.keys() - head):
-        say(f"adapter/ is without {', '.join(sorted(missing))}: the whole result is in model/")
-    kept, flat = {path: factors[path] for path in factors if path in kernels}, tree.flatten(params)
-    if kept:
-        models.save_adapter(
-            path,
-            prepared.fns,
-            kept,
-            base_model=str(base),
-            lora_alpha=lora_alpha,
-            rank=next(iter(kept.values())).a.shape[-1],
-            head={path: flat[path] for path in head},
-        )
-
-
-def save_models(
-    out: pathlib.Path, prepared: Prepared, state: engine.RunState, params: Params, say: Callable[[str], None]
-) -> None:
-    """Writes `model/`, with `adapter/` where the method leaves one; a personalised method's `models/`."""
-    strategy, config = prepared.machine.strategy, prepared.config
-    found = {out / "model": params}
-    if strategy.personal:
-        memories = [jax.tree.map(lambda x, c=c: x[c], state.clients) for c in range(config.clients)]
-        found = {
-            out / "models" / f"client-{c}": strategy.export(state.server, memory)
-            for c, memory in enumerate(memories)
-        }
-    for folder, own in found.items():
-        models.save(folder, prepared.fns, own)
-        if prepared.base:
-            tokens.copy(prepared.base, folder)
-    save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
 def validate(prepared: Prepared) -> float:

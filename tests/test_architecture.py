@@ -16,6 +16,7 @@ FLOORS = [
     {"client", "aggregators"},
     {"engine", "evaluation"},
     {"prepare"},
+    {"results"},
     {"train", "saved", "trials"},
     {"experiments"},
     {"run"},
