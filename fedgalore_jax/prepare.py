@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from fedgalore_jax import aggregators, engine, evaluation, models, strategies, tasks, tree
+from fedgalore_jax import defences, engine, evaluation, models, strategies, tasks, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, FederatedData, Source, packages, partition
 from fedgalore_jax.data.federated import PARTITION
@@ -88,7 +88,7 @@ def prepare(
         config.clients,
         config.local_steps,
         min(config.chunk or config.participants, config.participants),
-        aggregator_of(config, strategy),
+        defences.aggregator(config, strategy),
     )
     state = jax.eval_shape(lambda: start(config, machine, params))
     rows = plan(config, machine.chunk, federation, range(block_size(config)))
@@ -130,24 +130,6 @@ def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunS
     """The state before round 0."""
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     return engine.init(machine.strategy, params, key, config.clients)
-
-
-def aggregator_of(config: Config, strategy: strategies.Strategy) -> aggregators.Aggregator:
-    """How the server makes one upload of a round's.
-
-    Raises:
-      ValueError: the method's uploads are nothing that it could do this with.
-    """
-    if config.aggregator != "mean" and not strategy.comparable:
-        raise ValueError(
-            f"aggregator={config.aggregator!r} compares clients entry by entry, and {config.method} (with"
-            " these options) sends bases, ranks, layers or factors of a client's own: give mean"
-        )
-    if config.straggler and "base" in strategies.options(config.method):
-        raise ValueError(f"straggler={config.straggler!r}: {config.method} has stragglers of its own")
-    if config.dp_clip is not None and config.dp_noise is not None:
-        return aggregators.Aggregator(clip=config.dp_clip, noise=config.dp_noise)
-    return aggregators.build(config.aggregator, config.trim)
 
 
 def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> strategies.Strategy:
@@ -304,6 +286,8 @@ def describe(prepared: Prepared) -> str:
         table(parts, dataset.classes, dataset.domains, dataset.domain_names),
         roles_table(config, task, prepared.params),
     ]
+    if promised := defences.guarantee(config):
+        lines.append(f"  privacy epsilon {promised.epsilon:.3g} at delta {promised.delta:.2g}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import engine
+from fedgalore_jax import defences, engine
 from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split
@@ -357,7 +357,7 @@ class _Loop:
         config, wire = self.config, self.prepared.wire
         missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
         sent, absent = config.rounds * config.participants, sum(record.get("absent", 0) for record in history)
-        fns = self.prepared.fns
+        fns, promised = self.prepared.fns, defences.guarantee(config)
         final = test_metrics(
             lambda split: self.measure(state, split),
             lambda generation: generated(fns, params, generation),
@@ -373,6 +373,7 @@ class _Loop:
             "personal": self.personal,
             "rounds": config.rounds,
             "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
+            **({"privacy": promised._asdict()} if promised else {}),
             "bytes_total": sent * (wire.up + wire.down) - absent * wire.up + missed,
             "bytes_catch_up": missed,
             "optimizer_bytes": wire.optimizer,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from problem import K, N, assert_close, plan, setup
 
-from fedgalore_jax import aggregators, plans
+from fedgalore_jax import aggregators, config, plans, prepare, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import FederatedData, faults
 from fedgalore_jax.strategies.base import Upload
@@ -120,11 +120,11 @@ def test_a_round_that_nobody_comes_through_keeps_everything_but_its_number(built
     rows = plan(range(2))
     state, _ = rounds(state, machine.train, rows, 1)
     everyone = range(N)
-    for train, who in (
+    for data, who in (
         (spoiled(machine, np.nan, *everyone), rows),
         (machine.train, absent(rows, *everyone)),
     ):
-        after, metrics = rounds(state, train, who, 1)
+        after, metrics = rounds(state, data, who, 1)
         assert int(after.server.round) == int(state.server.round) + 1 == 2
         assert_close(after._replace(server=after.server._replace(round=state.server.round)), state, 0)
         assert np.isnan(metrics["train_loss"][0])
@@ -201,3 +201,131 @@ def test_a_config_s_faults_are_in_its_plan():
     late = plans.plan(dataclasses.replace(base, straggler="exponential:1", deadline=3.0), *args)
     assert (fewer.counts == 0).any() and fewer.steps is None
     assert late.steps.shape == (1, 150) and 1 < late.steps.mean() < 6
+
+
+# ---- what hides a client ----
+
+
+def test_private_means_are_of_clipped_changes_and_carry_the_noise():
+    """The noise has the size asked for, and everyone counts the same, absent or not."""
+    machine, plain, state = setup("fedavg")
+    clip, others = 0.05, [0, 1, 3, 4]
+    faint, loud = (
+        machine._replace(aggregator=aggregators.Aggregator(clip=clip, noise=noise)).rounds()
+        for noise in (1e-6, 30.0)
+    )
+
+    def change(rounds, *missing, seed=0):
+        begin = state._replace(key=jax.random.key(seed))
+        after, _ = rounds(begin, machine.train, absent(plan(range(1)), *missing), 1)
+        moved = jax.tree.map(jnp.subtract, after.server.trainable, state.server.trainable)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)])
+
+    alone = [change(plain, *(set(range(N)) - {c})) for c in others]
+    want = sum(x * min(1, clip / np.linalg.norm(x)) for x in alone) / N
+    np.testing.assert_allclose(change(faint, 2), want, atol=1e-6)
+    noise = np.concatenate([change(loud, 2, seed=seed) - want for seed in range(4)])
+    assert abs(noise.std() / (30 * clip / N) - 1) < 0.15 and abs(noise.mean()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "names"),
+    [
+        ("scaffold", {}, "a sum"),
+        ("fedgalore", {}, "mu, nu, stacked rows"),
+        ("fedgalore", {"sync": "none", "basis": "own"}, "factors of changes"),
+        ("fedavg", {"moments": "mean"}, "mu, nu"),
+    ],
+)
+def test_privacy_of_what_the_bound_does_not_cover_is_refused(method, options, names):
+    machine, _, state = setup(method, **options)
+    machine = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
+    with pytest.raises(ValueError, match=f"this one sends {names} besides: give another --method"):
+        machine.rounds().lower(state, machine.train, plan(range(1)), 1)
+
+
+def test_epsilon_is_that_of_the_gaussian_mechanism():
+    """Everyone in every round: composition has a closed form, which Rényi's is a little above."""
+    pytest.importorskip("dp_accounting")
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    from fedgalore_jax.privacy import guarantee
+
+    promised = guarantee(rounds=9, clients=100, cohort=100, noise=30.0)
+    mu = 2 * np.sqrt(9) / 30.0  # a client is replaced: twice the bound
+
+    def delta(epsilon):
+        high, low = (norm.cdf(s * mu / 2 - epsilon / mu) for s in (1, -1))
+        return high - np.exp(epsilon) * low
+
+    exact = brentq(lambda epsilon: delta(epsilon) - promised.delta, 1e-6, 10)
+    assert promised.delta == 1e-5 and exact < promised.epsilon < 1.15 * exact
+    fewer = guarantee(rounds=9, clients=100, cohort=5, noise=30.0)
+    assert fewer.epsilon < promised.epsilon and "draws 5 without replacement" in fewer.assumes
+
+
+# ---- a whole run ----
+
+
+@pytest.fixture(scope="module")
+def unlucky():
+    """A run, not begun, in whose second round nobody's upload is finite, and how many drop out of each."""
+    sizes = {"rounds": 4, "clients": 5, "cohort": 4, "local_steps": 1}
+    ready = prepare.prepare(Config(method="fedavg", client_dropout=0.4, aggregator="median", seed=2, **sizes))
+    strategy = ready.machine.strategy
+
+    def finish(download, local, memory, ops):
+        upload, memory = strategy.finish(download, local, memory, ops)
+        return jax.tree.map(lambda x: jnp.where(download.round == 1, jnp.nan, x), upload), memory
+
+    machine = ready.machine._replace(strategy=strategy._replace(finish=finish))
+    rounds = machine.rounds()
+    ready = ready._replace(machine=machine, compile=lambda: rounds)
+    drawn = plans.plan(dataclasses.replace(ready.config, eval_every=4), 4, ready.federation, range(4))
+    return ready, (drawn.counts == 0).sum(1).tolist()
+
+
+def test_a_lost_round_keeps_the_model_and_the_run_goes_on(unlucky):
+    ready, gone = unlucky
+    _, history, summary = train.execute(ready, say=lambda line: None)
+    assert [record.get("absent", 0) for record in history[1:]] == gone and sum(gone)
+    assert [record.get("rejected", 0) for record in history[1:]] == [0, 4 - gone[1], 0, 0]
+    assert ["train_loss" in record for record in history] == [False, True, False, True, True]
+    assert history[2]["loss"] == history[1]["loss"] != history[3]["loss"]
+    up, down = (summary["bytes_per_client_and_round"][way] for way in ("up", "down"))
+    assert summary["bytes_total"] == 16 * down + (16 - sum(gone)) * up
+
+
+def test_a_run_of_lost_rounds_gives_up(unlucky, monkeypatch):
+    monkeypatch.setattr(train, "HOPELESS", 1)
+    with pytest.raises(FloatingPointError, match="sent in rounds 2 to 2 was finite: lower --lr"):
+        train.execute(unlucky[0], say=lambda line: None)
+
+
+def test_the_aggregators_of_a_config_are_those_there_are():
+    for name in config.AGGREGATORS:
+        aggregators.build(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"client_dropout": 1.0}, "client_dropout=1.0 is not usable"),
+        ({"straggler": "exponential:1"}, "give --deadline too"),
+        ({"deadline": 1.0}, "give --straggler too"),
+        ({"dp_clip": 1.0}, "give --dp_noise too"),
+        ({"trim": 0.2}, "give --aggregator=trimmed_mean too"),
+        ({"trim": 0.5, "aggregator": "trimmed_mean"}, "give a number between 0 and 1/2"),
+        ({"aggregator": "mode"}, "one of mean, median, trimmed_mean, norm_clip"),
+        ({"aggregator": "median", "cohort": 2}, "a cohort of 3 at least"),
+        ({"aggregator": "median", "dp_clip": 1.0, "dp_noise": 1.0}, "give mean, with --dp_clip"),
+        ({"aggregator": "median", "method": "flora"}, "flora .* sends bases, ranks, layers or factors"),
+        ({"aggregator": "norm_clip", "opt": {"basis": "own"}}, "fedgalore .* sends bases, ranks"),
+        ({"straggler": "exponential:1", "deadline": 1.0, "method": "adel_fl"}, "stragglers of its own"),
+        ({"straggler": "slow", "deadline": 1.0}, "straggler='slow' is not usable"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given, line):
+    with pytest.raises(ValueError, match=line):
+        prepare.prepare(Config(**given))
