@@ -20,14 +20,14 @@ class Trained(NamedTuple):
     Attributes:
       upload: for the server.
       memory: its own, for its next round.
-      losses: `[K]`.
+      loss: mean over the steps it did.
       opt: the last state of its optimizer.
       gradients: how many gradients it evaluated, a Python int: all of them are seen while tracing.
     """
 
     upload: Upload
     memory: Tree
-    losses: Array
+    loss: Array
     opt: Tree
     gradients: int
 
@@ -41,6 +41,7 @@ def local_train(
     batch: Callable[[Array], Batch],
     client: Array,
     key: Array,
+    reach: Array | None = None,
 ) -> Trained:
     """Trains one client.
 
@@ -56,6 +57,8 @@ def local_train(
       batch: `batch(j)` is the batch of local step j.
       client: its id, int32 scalar.
       key: of this client in this round.
+      reach: int32 scalar, how many of any K steps it gets to, at least one; None for all. What comes after
+        them is computed and dropped, and counters are then batched.
 
     Returns:
       A `Trained`.
@@ -93,7 +96,7 @@ def local_train(
                 evaluations += 1
                 return jax.grad(objective)(point, assemble, j)
 
-            updates, opt = tx.update(
+            updates, moved = tx.update(
                 grads,
                 opt,
                 trainable,
@@ -102,7 +105,12 @@ def local_train(
                 step=download.round * steps + j,
                 grad_fn=grad_fn,
             )
-            return (optax.apply_updates(trainable, updates), opt), value
+            stepped = optax.apply_updates(trainable, updates), moved
+            if reach is None:
+                return stepped, value
+            done = j < reach
+            stepped = jax.tree.map(lambda new, old: jnp.where(done, new, old), stepped, carry)
+            return stepped, jnp.where(done, value, 0)
 
         carry = local.trainable, local.opt
         (trainable, opt), losses = jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))
@@ -112,4 +120,5 @@ def local_train(
     ops = Ops(client, own, gradient, lambda local, tx, count=steps: train(local, tx, count)[0], steps)
     local, losses = train(strategy.start(download, client_state, ops), strategy.tx, steps)
     upload, client_state = strategy.finish(download, local, client_state, ops)
-    return Trained(upload, client_state, losses, local.opt, gradients)
+    mean = losses.mean() if reach is None else losses.sum() / reach
+    return Trained(upload, client_state, mean, local.opt, gradients)

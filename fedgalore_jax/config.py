@@ -11,6 +11,7 @@ from typing import Any
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 KEEP = ("last", "best")
+AGGREGATORS = ("mean", "median", "trimmed_mean", "norm_clip")
 MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override")
 """Fields that may differ when a run goes on: no number of it depends on them."""
 
@@ -57,6 +58,15 @@ class Config:
       alpha: concentration of the Dirichlet partitions; small is skewed.
       shards: classes a client has in the "shards" partition.
       sigma: of the log-normal client sizes in the "quantity" partition.
+      client_dropout: chance that a client of a round sends nothing.
+      straggler: law of the time of a client's local step in a round: exponential:MEAN,
+        lognormal:MEDIAN:SIGMA or uniform:LOW:HIGH; needs a `deadline`.
+      deadline: of a round, in the time unit of `straggler`: a client sends what it has by then.
+      aggregator: how uploads become one: "mean", or against poisoned ones "median", "trimmed_mean" or
+        "norm_clip".
+      trim: of "trimmed_mean", the share of clients dropped at each end; 0.3 if None.
+      dp_clip: norm that a client's change is scaled down to (client-level DP-FedAvg); with `dp_noise`.
+      dp_noise: standard deviation of the noise on the sum of changes, in multiples of `dp_clip`.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
       eval_every: rounds between evaluations on the validation split.
       eval_samples: at most so many of each validation and test split, drawn at random; all if None.
@@ -103,6 +113,13 @@ class Config:
     alpha: float = 0.1
     shards: int = 2
     sigma: float = 1.0
+    client_dropout: float = 0.0
+    straggler: str | None = None
+    deadline: float | None = None
+    aggregator: str = "mean"
+    trim: float | None = None
+    dp_clip: float | None = None
+    dp_noise: float | None = None
     chunk: int | None = None
     eval_every: int = 1
     eval_samples: int | None = None
@@ -122,7 +139,7 @@ class Config:
         for name in ("cohort", "chunk", "max_length", "eval_samples"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "an integer >= 1, or leave it out")
-        for name in ("lr", "head_lr"):
+        for name in ("lr", "head_lr", "deadline", "dp_clip", "dp_noise"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "a positive, finite number")
         fits = self.ranks is None or (min(self.ranks, default=0) >= 1 and max(self.ranks) == self.rank)
@@ -132,8 +149,10 @@ class Config:
         for name in ("alpha", "sigma"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive, finite number")
         self._require("dropout", self.dropout is None or 0 <= self.dropout < 1, "a number in [0, 1)")
-        for name, accepted in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", KEEP)):
+        named = {"schedule": SCHEDULES, "precision": PRECISIONS, "keep": KEEP, "aggregator": AGGREGATORS}
+        for name, accepted in named.items():
             self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
+        self._check_faults()
         self._require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         self._require("out_dir", self.out_dir != "", "a folder, or None")
         self._require("checkpoint_every", self.checkpoint_every >= 0, "an integer >= 0; 0 for none")
@@ -148,6 +167,20 @@ class Config:
                     re.compile(pattern)
             except re.error as error:
                 self._require(name, False, f"regular expressions ({error})")
+
+    def _check_faults(self):
+        """Refuses what does not go together of dropouts, stragglers, poisoned clients and privacy."""
+        robust = self.aggregator != "mean"
+        self._require("client_dropout", 0 <= self.client_dropout < 1, "a number in [0, 1)")
+        for one, other in (("straggler", "deadline"), ("dp_clip", "dp_noise")):
+            pair = getattr(self, one), getattr(self, other)
+            self._require(one, pair[0] is None or pair[1] is not None, f"--{other} too")
+            self._require(other, pair[1] is None or pair[0] is not None, f"--{one} too")
+        self._require("trim", self.trim is None or 0 < self.trim < 0.5, "a number between 0 and 1/2")
+        fits = self.trim is None or self.aggregator == "trimmed_mean"
+        self._require("trim", fits, "--aggregator=trimmed_mean too")
+        self._require("aggregator", not robust or self.dp_clip is None, "mean, with --dp_clip")
+        self._require("aggregator", not robust or self.participants > 2, "mean, or a cohort of 3 at least")
 
     def changes(self, was: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What differs from an earlier run, `{field: (old, new)}`, but for what may (`MAY_CHANGE`).

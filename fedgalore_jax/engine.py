@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from fedgalore_jax import tree
+from fedgalore_jax.aggregators import MEAN, Aggregator
 from fedgalore_jax.client import Loss, local_train
 from fedgalore_jax.data import Plan, Split
-from fedgalore_jax.strategies.base import Cohort, Strategy, Upload
+from fedgalore_jax.strategies.base import Cohort, Strategy
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
 
@@ -74,6 +75,7 @@ class Engine(NamedTuple):
       num_clients: N.
       steps: K.
       chunk: clients trained at a time; C of every plan is a multiple of it.
+      aggregator: how uploads become one.
     """
 
     strategy: Strategy
@@ -82,6 +84,7 @@ class Engine(NamedTuple):
     num_clients: int
     steps: int
     chunk: int
+    aggregator: Aggregator = MEAN
 
     def rounds(self) -> Any:
         """The program of a run, jitted: `rounds(state, train, plan, count) -> (state, metrics)`.
@@ -91,7 +94,7 @@ class Engine(NamedTuple):
 
         def rounds(state: RunState, train: Batch, plan: Plan, count: Array):
             def row(r):
-                return Plan(*(field[r] for field in plan))
+                return jax.tree.map(lambda field: field[r], plan)
 
             def body(r, carry):
                 state, metrics = carry
@@ -106,55 +109,63 @@ class Engine(NamedTuple):
         return jax.jit(rounds)
 
     def round(self, state: RunState, train: Batch, plan: Plan) -> tuple[RunState, dict[str, Array]]:
-        """One round; `plan` has no round axis."""
+        """One round; `plan` has no round axis.
+
+        A client whose upload, memory or loss is not finite is as good as absent. Where no one is left, the
+        server stays as it was, and only the round's number moves.
+        """
         strategy = self.strategy
         download = strategy.broadcast(state.server)
         key = jax.random.fold_in(state.key, download.round)
-        counts = jnp.asarray(plan.counts)
-        mask = (counts > 0).astype(jnp.float32)
-        weights = counts / jnp.maximum(counts.sum(), 1)
+        counts, size = jnp.asarray(plan.counts), (plan.ids < self.num_clients).sum()
+        mask = counts > 0
+        weights = self.aggregator.weights(counts, size)
         memory = jax.tree.map(lambda x: x.take(plan.ids, 0, mode="clip"), state.clients)
 
-        def client(memory, client_id, samples, weight):
+        def client(memory, client_id, samples, weight, reach):
             def batch(j):
                 return {name: x[samples[j]] for name, x in train.items()} | {"weight": weight}
 
             client_key = jax.random.fold_in(key, client_id)
             args = (strategy, self.loss, self.steps, download, memory)
-            trained = local_train(*args, batch, client_id, client_key)
-            return trained.upload, trained.memory, trained.losses.mean()
+            trained = local_train(*args, batch, client_id, client_key, reach)
+            left = trained.upload, trained.memory, trained.loss
+            return *left, tree.all_finite(left)
 
         def train_chunk(chunk):
-            ids, samples, weight, p, taking_part, memory = chunk
-            upload, memory, losses = jax.vmap(client)(memory, ids, samples, weight)
-            reduced = (
-                tree.weighted_sum(upload.mean, p),
-                tree.weighted_sum(upload.sum, taking_part),
-                tree.weighted_sum(losses, p),
-            )
-            return reduced, (upload.stack, memory)
+            ids, samples, weight, reach, p, taking_part, memory = chunk
+            upload, memory, losses, finite = jax.vmap(client)(memory, ids, samples, weight, reach)
+            sound = taking_part & finite
+            upload, losses = tree.keep_rows(sound, (upload, losses))
+            reduced, rows = self.aggregator.arrive(upload, p, sound)
+            return reduced, (rows, memory, losses, sound)
 
         def add_chunk(total, chunk):
             reduced, rows = train_chunk(chunk)
             return jax.tree.map(jnp.add, total, reduced), rows
 
-        everyone = (plan.ids, plan.samples, plan.weight, weights, mask, memory)
+        everyone = (plan.ids, plan.samples, plan.weight, plan.steps, weights, mask, memory)
         chunks = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]), everyone)
         first = jax.tree.map(lambda x: x[0], chunks)
         shapes = jax.eval_shape(lambda c: train_chunk(c)[0], first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (mean, total, loss), rows = jax.lax.scan(add_chunk, zeros, chunks)
-        stack, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        total, rows = jax.lax.scan(add_chunk, zeros, chunks)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        uploads, memory, losses, present = rows
 
-        cohort = Cohort(weights, mask, self.num_clients, self.steps)
-        server, metrics = strategy.aggregate(state.server, Upload(mean, total, stack), cohort)
-        missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, stack)
-        metrics = {"train_loss": loss, **metrics, **missed}
-        present = jnp.where(mask > 0, plan.ids, self.num_clients)
-        clients = jax.tree.map(
-            lambda rows, new: rows.at[present].set(new, mode="drop"), state.clients, memory
-        )
-        last = state.last.at[present].set(download.round, mode="drop")
+        weights = self.aggregator.weights(jnp.where(present, counts, 0), size)
+        noise = jax.random.fold_in(key, self.num_clients + 1)  # no client's
+        upload = self.aggregator.upload(total, uploads, counts, present, size, noise)
+        cohort = Cohort(weights, present.astype(jnp.float32), self.num_clients, self.steps)
+        server, metrics = strategy.aggregate(state.server, upload, cohort)
+        if not self.aggregator.private:
+            server = _where(present.any(), server, state.server)
+        missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, upload.stack)
+        loss = jnp.average(losses, weights=weights)  # NaN where no one is left
+        metrics = {"train_loss": loss, "rejected": (mask & ~present).sum(), **metrics, **missed}
+        ids = jnp.where(present, plan.ids, self.num_clients)
+        clients = jax.tree.map(lambda rows, new: rows.at[ids].set(new, mode="drop"), state.clients, memory)
+        last = state.last.at[ids].set(download.round, mode="drop")
         return RunState(server, clients, last, state.key), metrics
 
     def catch_up(self, state: RunState, ids: Array, mask: Array, download, stack) -> dict[str, Array]:
@@ -200,6 +211,15 @@ class Engine(NamedTuple):
         down, up, missed, optimizer, memory = sizes
         down, up, missed = (size // strategy.wire_of for size in (down, up, missed))
         return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
+
+
+def _where(moved: Array, new: Tree, old: Tree) -> Tree:
+    """The server's new state, or the old one with the new round's number."""
+
+    def one(path, new, old):
+        return new if getattr(path[-1], "name", "") == "round" else jnp.where(moved, new, old)
+
+    return jax.tree.map_with_path(one, new, old)
 
 
 def on_device(split: Split) -> Batch:

@@ -11,18 +11,16 @@ import jax
 import numpy as np
 import optax
 
-from fedgalore_jax import engine, evaluation, models, strategies, tasks, tree
+from fedgalore_jax import aggregators, engine, evaluation, models, strategies, tasks, tree
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, FederatedData, Plan, Source, packages, partition
+from fedgalore_jax.data import Dataset, FederatedData, Source, packages, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
 from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
+from fedgalore_jax.plans import block_size, plan
 from fedgalore_jax.strategies.base import ROLES, Common
 from fedgalore_jax.types import Array, Flat, Params
-
-BLOCK = 50
-"""Most rounds in one compiled call."""
 
 Model = tuple[models.ModelFns, Params]
 
@@ -90,9 +88,10 @@ def prepare(
         config.clients,
         config.local_steps,
         min(config.chunk or config.participants, config.participants),
+        aggregator_of(config, strategy),
     )
     state = jax.eval_shape(lambda: start(config, machine, params))
-    rows = plan(config, machine, federation, range(block_size(config)))
+    rows = plan(config, machine.chunk, federation, range(block_size(config)))
 
     def with_rate(rate, *args):
         return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
@@ -133,16 +132,22 @@ def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunS
     return engine.init(machine.strategy, params, key, config.clients)
 
 
-def block_size(config: Config) -> int:
-    """Rows of a plan: rounds between evaluations, which run in one call."""
-    return min(config.eval_every, BLOCK, config.rounds)
+def aggregator_of(config: Config, strategy: strategies.Strategy) -> aggregators.Aggregator:
+    """How the server makes one upload of a round's.
 
-
-def plan(config: Config, machine: engine.Engine, federation: FederatedData, rounds: range) -> Plan:
-    """The plan of some rounds, padded to the rows of a block: every call has the same shapes."""
-    args = (config.participants, config.local_steps, config.batch_size, machine.chunk)
-    rows, size = federation.plan(rounds, *args), block_size(config)
-    return Plan(*(np.resize(field, (size, *field.shape[1:])) for field in rows))
+    Raises:
+      ValueError: the method's uploads are nothing that it could do this with.
+    """
+    if config.aggregator != "mean" and not strategy.comparable:
+        raise ValueError(
+            f"aggregator={config.aggregator!r} compares clients entry by entry, and {config.method} (with"
+            " these options) sends bases, ranks, layers or factors of a client's own: give mean"
+        )
+    if config.straggler and "base" in strategies.options(config.method):
+        raise ValueError(f"straggler={config.straggler!r}: {config.method} has stragglers of its own")
+    if config.dp_clip is not None and config.dp_noise is not None:
+        return aggregators.Aggregator(clip=config.dp_clip, noise=config.dp_noise)
+    return aggregators.build(config.aggregator, config.trim)
 
 
 def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> strategies.Strategy:

@@ -33,19 +33,23 @@ from fedgalore_jax.folder import (
     write_json,
     write_lines,
 )
+from fedgalore_jax.plans import BLOCK, plan
 from fedgalore_jax.prepare import (
-    BLOCK,
     Model,
     Prepared,
     changes,
     describe,
-    plan,
     prepare,
     start,
 )
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.results import save_models
 from fedgalore_jax.types import Params
+
+SELDOM = ("absent", "rejected")
+"""Counts of clients that are written where they are not 0."""
+HOPELESS = 3
+"""Rounds in a row in which every upload was rejected, after which a run gives up."""
 
 
 class Result(NamedTuple):
@@ -75,6 +79,11 @@ class Finished(NamedTuple):
 
 class Preempted(Exception):
     """A run was told to end, and did; with an `out_dir`, `resume` goes on with it."""
+
+
+def lost(record: dict[str, Any]) -> bool:
+    """Whether clients sent something in a round, and nothing of it could be used."""
+    return "rejected" in record and "train_loss" not in record
 
 
 def never() -> bool:
@@ -206,11 +215,12 @@ class _Loop:
             rounds_of = self.prepared.compile()
             began, pending = time.perf_counter(), None
             for rounds in self.blocks(done):
-                rows = plan(config, machine, self.prepared.federation, rounds)
+                rows = plan(config, machine.chunk, self.prepared.federation, rounds)
                 state, metrics = rounds_of(state, machine.train, rows, len(rounds))
                 if pending is not None:
                     began = self.read(*pending, began, history, progress)
-                pending = (rounds, metrics, state)
+                absent = [config.participants - np.count_nonzero(counts) for counts in rows.counts]
+                pending = (rounds, metrics | {"absent": np.array(absent)}, state)
             if pending is not None:
                 self.read(*pending, began, history, progress)
         finally:
@@ -269,18 +279,29 @@ class _Loop:
         for i, t in enumerate(rounds):
             record: dict[str, Any] = {"round": t + 1}
             record |= {name: value[i].tolist() for name, value in metrics.items()}
+            record = {name: value for name, value in record.items() if value or name not in SELDOM}
+            if not np.isfinite(record["train_loss"]):
+                del record["train_loss"]  # nobody sent anything, or anything finite
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.dataset.validation)
                 if record[self.metric] > self.best_of(history)[self.metric]:
                     self.best = state if self.config.keep == "best" else None
-            if wild := [name for name in ("train_loss", "loss") if not np.isfinite(record.get(name, 0))]:
+            if not np.isfinite(record.get("loss", 0)):
                 raise FloatingPointError(
-                    f"{wild[0]} is {record[wild[0]]} in round {t + 1}: lower --lr, or set --clip"
+                    f"loss is {record['loss']} in round {t + 1}: lower --lr, set --clip, or, where clients"
+                    " are poisoned, give another --aggregator"
+                )
+            last = [*history, record][-min(HOPELESS, self.config.rounds) :]
+            if all(lost(record) for record in last):
+                raise FloatingPointError(
+                    f"nothing that clients sent in rounds {last[0]['round']} to {t + 1} was finite: lower"
+                    " --lr, or set --clip"
                 )
             seconds = round((now - began) / len(rounds), 4)
             record |= {"bytes_up": wire.up, "bytes_down": wire.down, "seconds": seconds}
             self.write(record, history)
-            text = f"loss {record['train_loss']:.4f}  {self.metric} {self.latest(history):.3f}"
+            loss = record.get("train_loss", float("nan"))
+            text = f"loss {loss:.4f}  {self.metric} {self.latest(history):.3f}"
             progress.show(t + 1, f"{text}  {human(wire.up)} up a client")
         self.checkpoint(rounds.stop, state)
         return now
@@ -335,6 +356,7 @@ class _Loop:
         kept = best if self.config.keep == "best" else judged[-1]
         config, wire = self.config, self.prepared.wire
         missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
+        sent, absent = config.rounds * config.participants, sum(record.get("absent", 0) for record in history)
         fns = self.prepared.fns
         final = test_metrics(
             lambda split: self.measure(state, split),
@@ -351,7 +373,7 @@ class _Loop:
             "personal": self.personal,
             "rounds": config.rounds,
             "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
-            "bytes_total": config.rounds * config.participants * (wire.up + wire.down) + missed,
+            "bytes_total": sent * (wire.up + wire.down) - absent * wire.up + missed,
             "bytes_catch_up": missed,
             "optimizer_bytes": wire.optimizer,
             "client_memory_bytes": wire.memory,

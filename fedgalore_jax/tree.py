@@ -111,6 +111,21 @@ def nbytes(tree: Tree) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
+def all_finite(tree: Tree) -> Array:
+    """Whether no leaf has a NaN or an infinity, a boolean scalar."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in numbers]).all()
+
+
+def keep_rows(keep: Array, rows: Tree) -> Tree:
+    """Zeroes the rows `[C, ...]` of clients that are not kept, `[C]`: a product would leave their NaNs."""
+
+    def one(x):
+        return jnp.where(keep.reshape(-1, *(1 for _ in x.shape[1:])), x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(one, rows)
+
+
 def weighted_sum(rows: Tree, weights: Array) -> Tree:
     """Sums rows of clients with weights, in float32 or better; factored matrices become dense.
 

@@ -7,7 +7,6 @@ import pytest
 from problem import OPTIONS, K, L, N, assert_close, federation, loss, m, n, params, plan, setup, train_rounds
 
 from fedgalore_jax import engine, strategies, tree
-from fedgalore_jax.data import Plan
 
 r, bias = 3, n
 CASES = {
@@ -196,7 +195,7 @@ def test_one_call_of_two_rounds_equals_two_calls(built, case):
     machine, rounds, state, ten = built(case)
     together, _ = rounds(state, machine.train, ten, 2)
     first, _ = rounds(state, machine.train, ten, 1)
-    later = Plan(*(np.roll(field, -1, 0) for field in ten))
+    later = jax.tree.map(lambda field: np.roll(field, -1, 0), ten)
     apart, _ = rounds(first, machine.train, later, 1)
     assert_close(together.server, apart.server, 1e-6)
 
@@ -218,7 +217,7 @@ def test_chunks_agree(built, case, chunk):
 def test_the_order_of_clients_does_not_matter(built, case):
     machine, rounds, state, ten = built(case)
     order = np.array([3, 0, 4, 1, 2])
-    mixed = Plan(*(field[:, order] for field in ten))
+    mixed = jax.tree.map(lambda field: field[:, order], ten)
     assert_close(
         exported(machine, rounds(state, machine.train, ten, 2)[0]),
         exported(machine, rounds(state, machine.train, mixed, 2)[0]),
@@ -327,7 +326,7 @@ def test_gradients_are_counted_as_they_run(case):
 
     machine = machine._replace(loss=counting)
     rows = plan(range(1), cohort=1)
-    jax.block_until_ready(jax.jit(machine.round)(state, machine.train, Plan(*(x[0] for x in rows))))
+    jax.block_until_ready(jax.jit(machine.round)(state, machine.train, jax.tree.map(lambda x: x[0], rows)))
     jax.effects_barrier()
     assert len(seen) == GRADIENTS[case] * K == machine.wire(state, rows).gradients * K
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PARTITION, COHORT, BATCHES, OWNERS = range(4)
+PARTITION, COHORT, BATCHES, OWNERS, DROPOUT, SPEED = range(6)
 """Purposes, so that no two choices share a stream."""
 
 
@@ -20,13 +20,15 @@ class Plan(NamedTuple):
       ids: `[R, C]` int32, clients of each round; N for padding.
       samples: `[R, C, K, B]` int32, rows of the training set.
       weight: `[R, C, B]` float32, 0 for the padding of a client that has fewer samples than B.
-      counts: `[R, C]` int32, samples of each client; 0 for padding.
+      counts: `[R, C]` int32, samples of each client; 0 for padding, and for one that sends nothing.
+      steps: `[R, C]` int32, local steps that each client gets to; None where all do K.
     """
 
     ids: np.ndarray
     samples: np.ndarray
     weight: np.ndarray
     counts: np.ndarray
+    steps: np.ndarray | None = None
 
 
 class FederatedData(NamedTuple):

@@ -85,7 +85,10 @@ def adel_fl(
         return state, metrics | {"finished": upload.mean["finished"]}
 
     return base._replace(
-        finish=finish, aggregate=aggregate, wire_up=lambda upload: base.wire_up(without(upload))
+        finish=finish,
+        aggregate=aggregate,
+        wire_up=lambda upload: base.wire_up(without(upload)),
+        comparable=False,
     )
 
 

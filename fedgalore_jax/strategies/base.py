@@ -157,6 +157,8 @@ class Strategy(NamedTuple):
       adapter: `(state) -> (factors, lora_alpha)`, for methods whose kernels never move: the model is
         `kernel + lora_alpha / r * a @ b` of the original kernels, next to its plainly trained leaves.
       personal: whether every client has a model of its own, to be evaluated on its own data.
+      comparable: whether an entry of an upload means the same for every client, so that a median over clients
+        means something too: not where bases, ranks or layers are a client's own.
     """
 
     init: Callable[[Params, Array, int], Any]
@@ -176,6 +178,7 @@ class Strategy(NamedTuple):
     wire_of: int = 1
     adapter: Callable[[Any], tuple[dict[str, LoRA], float]] | None = None
     personal: bool = False
+    comparable: bool = True
 
 
 OPTIMIZERS = ("adamw", "sgd")

@@ -51,4 +51,5 @@ def fedex_lora(common: Common, *, client: str = "adamw") -> Strategy:
         wire_up=lambda upload: (upload.stack, factors_of(upload.mean["change"])[1]),
         relay=lambda stack: stack,
         adapter=None,
+        comparable=False,
     )

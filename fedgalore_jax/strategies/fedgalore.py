@@ -290,5 +290,15 @@ def fedgalore(
         return download.extra.step, download.extra.basis if basis == "server" else ()
 
     return Strategy(
-        init, broadcast, assemble, start, finish, aggregate, export, tx, wire_down=wire_down, catch_up=missed
+        init,
+        broadcast,
+        assemble,
+        start,
+        finish,
+        aggregate,
+        export,
+        tx,
+        wire_down=wire_down,
+        catch_up=missed,
+        comparable=not own,
     )

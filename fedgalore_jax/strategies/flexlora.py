@@ -85,4 +85,5 @@ def flexlora(common: Common, *, client: str = "adamw") -> Strategy:
         wire_down=lambda download: by_rank(common, download.trainable),
         wire_up=lambda upload: by_rank(common, upload),
         wire_of=wire_of(common),
+        comparable=False,
     )

@@ -96,5 +96,6 @@ def flora(common: Common, *, client: str = "adamw") -> Strategy:
         wire_up=lambda upload: by_rank(common, upload),
         wire_of=wire_of(common),
         relay=relay,
+        comparable=False,
         adapter=None,
     )

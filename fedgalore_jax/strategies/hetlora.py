@@ -117,4 +117,5 @@ def hetlora(
         wire_down=lambda download: by_rank(common, download.trainable),
         wire_up=lambda upload: by_rank(common, upload),
         wire_of=wire_of(common),
+        comparable=False,
     )

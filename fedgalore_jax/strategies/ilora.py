@@ -143,5 +143,6 @@ def ilora(common: Common, *, variates: bool = True, client: str = "adamw") -> St
         ],
         wire_up=lambda upload: by_rank(common, upload),
         wire_of=wire_of(common),
+        comparable=False,
         adapter=None,
     )

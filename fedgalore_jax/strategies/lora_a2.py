@@ -73,4 +73,4 @@ def lora_a2(
         indices = {path: jnp.zeros((*x.a.shape[:-2], local_rank), jnp.int32) for path, x in factors.items()}
         return kept, indices, indices, rest, rest
 
-    return base._replace(start=start, wire_up=two_rounds)
+    return base._replace(start=start, wire_up=two_rounds, comparable=False)

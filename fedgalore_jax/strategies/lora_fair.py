@@ -82,4 +82,5 @@ def lora_fair(
         finish=finish,
         aggregate=aggregate,
         wire_up=lambda upload: (upload.stack, factors_of(upload.mean["change"])[1]),
+        comparable=False,
     )
