@@ -47,7 +47,7 @@ def test_sums_may_be_wider_than_what_is_summed():
 
 
 def test_merging_changes_no_number(monkeypatch):
-    """A GPU's form of the same products: values, and gradients of all that there is, under vmap over factors."""
+    """A GPU's form of the same products: values and all gradients, under vmap over factors."""
     some, _ = kernels()
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 9, m)), jnp.float32)
     clients = [
@@ -77,7 +77,7 @@ def test_merging_changes_no_number(monkeypatch):
 
 
 def test_merging_is_for_gpus_and_more_tokens_than_a_kernel_has_rows(monkeypatch):
-    some, x = kernels()
+    some, _ = kernels()
 
     def products(x):
         return str(jax.make_jaxpr(lambda x: matmuls(x, some))(x)).count("dot_general")

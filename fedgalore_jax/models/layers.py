@@ -160,7 +160,7 @@ def attend(
 
 
 def _fused(q: Array, k: Array) -> bool:
-    """Whether there is a fused kernel for these arrays: cuDNN's, for half precision and more than a few tokens.
+    """Whether there is a fused kernel for these arrays: cuDNN's, for half precision and 64 tokens or more.
 
     Decided while tracing. `jax.nn.dot_product_attention` picks no kernel by itself, and without one
     it does what `attend` does: on a CPU up to a twentieth slower, and in float32 even for float64.
