@@ -263,7 +263,7 @@ def with_classes(fns: models.ModelFns, dataset: Dataset, *, drawn: bool) -> mode
       ValueError: the head was trained for other classes.
     """
     names, own = dataset.label_names, getattr(fns.config, "labels", ())
-    if not names or own == names:
+    if not names or not own or own == names:  # a decoder has no classes; those of its data name kinds of text
         return fns
     if drawn or all(label.startswith("LABEL_") for label in own):  # the saved model then answers by name
         return fns._replace(config=dataclasses.replace(fns.config, labels=names))

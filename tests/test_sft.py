@@ -9,7 +9,9 @@ import tiny_tokenizer
 from padding import widen
 
 from fedgalore_jax import tasks
+from fedgalore_jax.config import Config
 from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
+from fedgalore_jax.prepare import load_model
 
 ROWS = [
     {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}
@@ -178,7 +180,8 @@ def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     sft_build = sft.build
     monkeypatch.setattr(sft, "build", build)
     model = tiny_tokenizer.decoder(tmp_path / "m", max_position_embeddings=2048)
-    data = tasks.get("gsm_symbolic").load(Source(model, max_length=1024))
+    task, config = tasks.get("gsm_symbolic"), Config(task="gsm_symbolic", model=str(model))
+    data = task.load(Source(model, max_length=1024))
     assert [len(s.labels) for s in data[:3]] == [2000, 200, 300]
     questions = [q for pairs in seen.values() for q in pairs.prompts]
     assert len(set(questions)) == 2500
@@ -186,3 +189,5 @@ def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     answers = seen["test"].answers
     assert data.generation.score(answers, data.generation.references) == {"exact_match": 1.0}
     assert np.mean([" = " in answer for answer in answers]) > 0.8
+    fns, _ = load_model(config, task, data)  # which has no labels, whatever the kinds of problem are called
+    assert fns.decoder

@@ -171,16 +171,26 @@ def _fused(q: Array, k: Array) -> bool:
 
 def _attend_fused(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
     """`attend` by cuDNN, which takes even lengths only: an odd one gets a place that nobody sees."""
-    (batch, length, heads, _), keys, lengths = q.shape, k.shape[1], {}
+    (batch, length, heads, _), keys = q.shape, k.shape[1]
+    query_lengths = key_lengths = None
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     if mask is not None:  # in full: the kernel's rule for vmap broadcasts nothing
         mask = jnp.pad(mask, ((0, 0), (0, keys % 2)))[:, None, None]
         mask = jnp.broadcast_to(mask, (batch, heads, q.shape[1], k.shape[1]))
     elif length % 2 or keys % 2:
         own = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # batched where the queries are, for the same reason
-        lengths = {"query_seq_lengths": length + own, "key_value_seq_lengths": keys + own}
-    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return attend(q, k, v, mask=mask, is_causal=causal, **lengths)[:, :length]
+        query_lengths, key_lengths = length + own, keys + own
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
+    return mixed[:, :length]
 
 
 class Attention(nnx.Module):
