@@ -5,13 +5,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_llama
 import tiny_tokenizer
 from padding import widen
 
 from fedgalore_jax import tasks
-from fedgalore_jax.config import Config
 from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
-from fedgalore_jax.prepare import load_model
+from fedgalore_jax.models import llama
+from fedgalore_jax.prepare import with_classes
 
 ROWS = [
     {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}
@@ -180,8 +181,7 @@ def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     sft_build = sft.build
     monkeypatch.setattr(sft, "build", build)
     model = tiny_tokenizer.decoder(tmp_path / "m", max_position_embeddings=2048)
-    task, config = tasks.get("gsm_symbolic"), Config(task="gsm_symbolic", model=str(model))
-    data = task.load(Source(model, max_length=1024))
+    data = tasks.get("gsm_symbolic").load(Source(model, max_length=1024))
     assert [len(s.labels) for s in data[:3]] == [2000, 200, 300]
     questions = [q for pairs in seen.values() for q in pairs.prompts]
     assert len(set(questions)) == 2500
@@ -189,5 +189,5 @@ def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     answers = seen["test"].answers
     assert data.generation.score(answers, data.generation.references) == {"exact_match": 1.0}
     assert np.mean([" = " in answer for answer in answers]) > 0.8
-    fns, _ = load_model(config, task, data)  # which has no labels, whatever the kinds of problem are called
-    assert fns.decoder
+    fns = llama.build(tiny_llama.LLAMA)  # has no labels, whatever the kinds of problem are called
+    assert with_classes(fns, data, drawn=False) is fns
