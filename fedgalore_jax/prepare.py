@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -102,9 +103,8 @@ def prepare(
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export)
     base = model_path(config, task) if model is None else None
-    return Prepared(
-        config, task, dataset, federation, fns, params, machine, lowered.compile, evaluator, wire, base
-    )
+    program = partial(engine.compiled, lowered)
+    return Prepared(config, task, dataset, federation, fns, params, machine, program, evaluator, wire, base)
 
 
 def changes(config: Config) -> dict[str, tuple[Any, Any]]:
