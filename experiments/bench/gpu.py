@@ -9,6 +9,7 @@ and temporaries. PyTorch trains two of the eight clients, one after the other, a
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import shared_signal
+from experiments.bench.peers import PEERS
 from experiments.bench.round import BATCH, LENGTH, SHAPES, Server, build
 from fedgalore_jax import adapters, engine
 from fedgalore_jax.models import layers
@@ -118,14 +120,14 @@ def seconds(call: Any, repeats: int) -> float:
     return statistics.median(times)
 
 
-def ours(repeats: int) -> dict[Row, float]:
-    """Prints our rows; gives their seconds."""
+def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> dict[Row, float]:
+    """Prints our rows, timed once `others` too are ready; gives their seconds."""
     print(f"\n{'':34}{'clients':>8}{'s/round':>9}{'TFLOP/s':>9}{'GiB':>7}{'compile s':>11}", flush=True)
-    took, pool, jobs = {}, futures.ThreadPoolExecutor(), []
+    took, jobs = {}, []
     for row in ROWS:
         finish, args = compiled(row)
         jobs.append((row, pool.submit(finish), args))
-    futures.wait([job for _, job, _ in jobs])
+    futures.wait([job for _, job, _ in jobs] + others)
     for row, job, args in jobs:
         program, compiling = job.result()
         memory = program.memory_analysis()
@@ -152,19 +154,15 @@ def server(repeats: int) -> None:
     print(f"\nAJIVE of 72 kernels' moments, 8 clients: {1e3 * seconds(run, repeats):.1f} ms", flush=True)
 
 
-def peers(took: dict[Row, float]) -> None:
+def peers(servers: dict[tuple[str, str], futures.Future], took: dict[Row, float]) -> None:
     """Prints PyTorch's rows, and how many times ours is faster."""
     print(f"\n{'PyTorch':34}{'s/round':>9}{'GiB':>7}{'over ours':>11}")
-    for shape in ("roberta-base", "vit-b16"):
-        for peer in ("peft LoRA", "full AdamW", "galore_torch"):
-            other = Server(shape, peer, STEPS, MEASURED, module="peers")
-            each, megabytes = other.round()
-            other.process.kill()
-            each *= CLIENTS / MEASURED
-            ratio = each / took[Row(shape, "factored ajive")]
-            print(
-                f"{shape + ' ' + peer:34}{each:9.2f}{megabytes * 1e6 / 2**30:7.2f}{ratio:11.1f}", flush=True
-            )
+    for (shape, peer), ready in servers.items():
+        each, megabytes = ready.result().round()
+        ready.result().process.kill()
+        each *= CLIENTS / MEASURED
+        ratio = each / took[Row(shape, "factored ajive")]
+        print(f"{shape + ' ' + peer:34}{each:9.2f}{megabytes * 1e6 / 2**30:7.2f}{ratio:11.1f}", flush=True)
 
 
 def main() -> None:
@@ -176,11 +174,19 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.exit(2, "no GPU: experiments.bench.round compares methods on a CPU\n")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    pool = futures.ThreadPoolExecutor()
+    start = functools.partial(Server, module="peers")
+    servers = {
+        (shape, peer): pool.submit(start, shape, peer, STEPS, MEASURED)
+        for shape in ("roberta-base", "vit-b16")
+        for peer in PEERS
+        if not args.without_peers
+    }
     check()
-    took = ours(args.repeats)
+    took = ours(args.repeats, pool, list(servers.values()))
     server(args.repeats)
-    if not args.without_peers:
-        peers(took)
+    if servers:
+        peers(servers, took)
 
 
 if __name__ == "__main__":
