@@ -56,16 +56,23 @@ def curves(out: pathlib.Path, results: list[Record]) -> None:
     """Draws the validation metric and the training loss over rounds into `out/curves.png`."""
     pyplot = _pyplot()
     metric = results[0].summary["metric"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for result in results:
+    columns = -(-len(results) // 15) if len(results) > 6 else 0  # of the legend, where it fits in no corner
+    figure, axes = pyplot.subplots(1, 2, figsize=(10 + 1.5 * columns, 4), layout="constrained")
+    colours = pyplot.get_cmap("tab10").colors
+    for i, result in enumerate(results):
+        style = {"color": colours[i % 10], "linestyle": ("-", "--", ":")[i // 10 % 3], "linewidth": 1.6}
         for axis, name in zip(axes, (metric, "train_loss"), strict=True):
             points = [(h["round"], h[name]) for h in result.history if name in h]
-            axis.plot(*zip(*points, strict=True), label=result.summary["method"], linewidth=1.6)
+            axis.plot(*zip(*points, strict=True), label=result.summary["method"], **style)
     for axis, title in zip(axes, (f"validation {metric}", "training loss"), strict=True):
         axis.set(xlabel="round", title=title)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1)
-    axes[0].legend(loc="lower right")
+    if columns:
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right center", ncols=columns, fontsize="small", frameon=False)
+    else:
+        axes[0].legend(loc="lower right")
     _save(figure, out / "curves.png")
 
 

@@ -1,9 +1,11 @@
 """Products with adapted kernels, and LoRA's initial factors.
 
 The base product stays un-batched when `vmap` maps over clients' factors only (docs/design.md, F3), so an
-adapter is never merged into its kernel inside a client; `merge` is for the server and for export.
+adapter is merged into its kernel inside a client only where that moves fewer bytes, on a GPU (F8), and for as
+long as one product takes; `merge` is for the server and for export.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -30,22 +32,79 @@ def matmuls(x: Array, kernels: Sequence[Array | Adapted], dtype: Any = None) -> 
       `[..., n]` in `dtype` for each kernel.
     """
 
-    def product(x, kernel):
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    if _merging_pays(x, kernels):
+        adapted = [kernel for kernel in kernels if isinstance(kernel, Adapted)]
+        merged = iter(_merged(x, adapted, dtype))
+        return [
+            next(merged) if isinstance(kernel, Adapted) else _product(x, kernel, dtype) for kernel in kernels
+        ]
+    thins = iter(_thin(x, [kernel.a for kernel in kernels if isinstance(kernel, Adapted)]))
 
-    def one(kernel, thin):
+    def one(kernel):
         if not isinstance(kernel, Adapted):
-            return product(x, kernel)
-        y = product(x, kernel.base)
+            return _product(x, kernel, dtype)
+        y = _product(x, kernel.base, dtype)
         if kernel.shrink is not None:
             y = y * kernel.shrink.astype(y.dtype)
-        return y + product(thin, kernel.b)
+        return y + _product(next(thins), kernel.b, dtype)
 
-    adapted = {i: kernel.a.astype(x.dtype) for i, kernel in enumerate(kernels) if isinstance(kernel, Adapted)}
-    ends = list(itertools.accumulate(a.shape[-1] for a in adapted.values()))
-    thin = jnp.split(x @ jnp.concatenate([*adapted.values()], -1), ends[:-1], -1) if adapted else []
-    thins = dict(zip(adapted, thin, strict=True))
-    return [one(kernel, thins.get(i)) for i, kernel in enumerate(kernels)]
+    return [one(kernel) for kernel in kernels]
+
+
+def _product(x: Array, kernel: Array, dtype: Any) -> Array:
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _thin(x: Array, factors: Sequence[Array]) -> list[Array]:
+    """`x @ a` for each of several first factors, as one product."""
+    ends = list(itertools.accumulate(a.shape[-1] for a in factors))
+    if not factors:
+        return []
+    return jnp.split(x @ jnp.concatenate([a.astype(x.dtype) for a in factors], -1), ends[:-1], -1)
+
+
+def _merging_pays(x: Array, kernels: Sequence[Array | Adapted]) -> bool:
+    """Whether a GPU moves fewer bytes with merged kernels: those of tokens outweigh those of kernels."""
+    sides = [min(kernel.base.shape) for kernel in kernels if isinstance(kernel, Adapted)]
+    return jax.default_backend() == "gpu" and math.prod(x.shape[:-1]) > max(sides, default=math.inf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _merged(x: Array, kernels: list[Adapted], dtype: Any) -> list[Array]:
+    """`x @ kernel` for adapted kernels, each merged for the product; gradients take thin products alone."""
+    return [_product(x, _for_product(kernel, x.dtype), dtype) for kernel in kernels]
+
+
+def _merged_forward(x, kernels, dtype):
+    return _merged(x, kernels, dtype), (x, kernels)
+
+
+def _merged_backward(dtype, kept, gradients):
+    """The kernels are merged again, so that none is kept; XLA drops what nobody asked the gradient of."""
+    del dtype
+    x, kernels = kept
+    total, changes = jnp.zeros_like(x), []
+    thins = _thin(x, [kernel.a for kernel in kernels])
+    for kernel, thin, dy in zip(kernels, thins, gradients, strict=True):
+        dy = dy.astype(x.dtype)
+        total = total + dy @ _for_product(kernel, x.dtype).mT
+        base = jnp.einsum("...tm,...tn->mn", x, dy).astype(kernel.base.dtype)
+        b = jnp.einsum("...tr,...tn->rn", thin, dy).astype(kernel.b.dtype)
+        a = jnp.einsum("...tm,...tr->mr", x, dy @ kernel.b.astype(x.dtype).mT).astype(kernel.a.dtype)
+        shrink = kernel.shrink
+        if shrink is not None:
+            shrink, base = (base * kernel.base).sum().astype(shrink.dtype), base * shrink
+        changes.append(Adapted(base, a, b, shrink))
+    return total, changes
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+
+
+def _for_product(kernel: Adapted, dtype: Any) -> Array:
+    """The merged kernel in the dtype of a product, from a thin product in that dtype."""
+    base = kernel.base if kernel.shrink is None else kernel.shrink * kernel.base
+    return (base + (kernel.a.astype(dtype) @ kernel.b.astype(dtype)).astype(base.dtype)).astype(dtype)
 
 
 def merge(kernel: Array | Adapted | LowRank) -> Array:

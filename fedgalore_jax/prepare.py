@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -102,9 +103,8 @@ def prepare(
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export)
     base = model_path(config, task) if model is None else None
-    return Prepared(
-        config, task, dataset, federation, fns, params, machine, lowered.compile, evaluator, wire, base
-    )
+    program = partial(engine.compiled, lowered)
+    return Prepared(config, task, dataset, federation, fns, params, machine, program, evaluator, wire, base)
 
 
 def changes(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -245,7 +245,7 @@ def with_classes(fns: models.ModelFns, dataset: Dataset, *, drawn: bool) -> mode
       ValueError: the head was trained for other classes.
     """
     names, own = dataset.label_names, getattr(fns.config, "labels", ())
-    if not names or own == names:
+    if not names or not own or own == names:  # a decoder has no classes; those of its data name kinds of text
         return fns
     if drawn or all(label.startswith("LABEL_") for label in own):  # the saved model then answers by name
         return fns._replace(config=dataclasses.replace(fns.config, labels=names))

@@ -44,3 +44,45 @@ def test_sums_may_be_wider_than_what_is_summed():
     narrow = matmuls(x.astype(jnp.bfloat16), some, jnp.float32)
     assert all(y.dtype == jnp.float32 for y in narrow)
     assert all(y.dtype == jnp.bfloat16 for y in matmuls(x.astype(jnp.bfloat16), some))
+
+
+def test_merging_changes_no_number(monkeypatch):
+    """A GPU's form of the same products: values and all gradients, under vmap over factors."""
+    some, _ = kernels()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 9, m)), jnp.float32)
+    clients = [
+        kernel._replace(b=jnp.stack([kernel.b, -kernel.b, 2 * kernel.b]))
+        if isinstance(kernel, Adapted)
+        else kernel
+        for kernel in some
+    ]
+    axes = [Adapted(None, None, 0, None) if isinstance(kernel, Adapted) else None for kernel in some]
+
+    def numbers():
+        def total(x, kernels):
+            ys = matmuls(x, kernels)
+            return sum((y**2).sum() for y in ys), ys
+
+        grads = jax.grad(total, (0, 1), has_aux=True)
+        program = jax.vmap(grads, (0, axes))
+        return str(jax.make_jaxpr(program)(x, clients)), program(x, clients)
+
+    program, plain = numbers()
+    assert "custom_vjp" not in program
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, merged = numbers()
+    assert jax.tree.structure(plain) == jax.tree.structure(merged)
+    for ours, theirs in zip(jax.tree.leaves(merged), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_is_for_gpus_and_more_tokens_than_a_kernel_has_rows(monkeypatch):
+    some, _ = kernels()
+
+    def products(x):
+        return str(jax.make_jaxpr(lambda x: matmuls(x, some))(x)).count("dot_general")
+
+    assert products(jnp.ones((6, m))) == 8
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert products(jnp.ones((5, m))) == 8
+    assert products(jnp.ones((6, m))) == 3 * 2 + 1

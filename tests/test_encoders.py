@@ -45,27 +45,59 @@ def test_too_long_a_text_is_refused():
             fns.apply(params, {"input_ids": jnp.ones((1, 17), jnp.int32)})
 
 
-def test_the_fused_kernel_gets_what_it_takes(monkeypatch):
-    """On a GPU, in half precision: the same numbers from cuDNN's kernel, here played by XLA's."""
-    rng, calls, plain = np.random.default_rng(0), [], jax.nn.dot_product_attention
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 64, 3, 16)), jnp.bfloat16) for _ in range(3))
-    mask = jnp.arange(64)[None] < jnp.array([[64], [5]])
-    expected = layers.attend(q, k, v, mask=mask, key=None)
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A GPU's fused kernel played by XLA's, as strict about lengths; gives the calls."""
+    calls, plain = [], jax.nn.dot_product_attention
 
-    def cudnn(q, k, v, *, mask, is_causal, implementation):
-        assert implementation == "cudnn" and not is_causal and mask.shape == (2, 3, 64, 64)
-        calls.append(mask)
-        return plain(q, k, v, mask=mask)
+    def kernel(q, k, v, *, implementation, mask=None, **rest):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        assert mask is None or mask.shape == (len(q), q.shape[2], q.shape[1], k.shape[1])
+        calls.append(rest)
+        return plain(q, k, v, mask=mask, **rest)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    ours = layers.attend(q, k, v, mask=mask, key=None)
-    close(np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=0.02)
-    assert len(calls) == 1
-    layers.attend(q, k, v, rate=0.1, key=KEY)  # dropout on probabilities
-    layers.attend(*(x.astype(jnp.float32) for x in (q, k, v)), key=None)
-    layers.attend(q[:, :63], k, v, key=None)
-    assert len(calls) == 1
+    return calls
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [64, 65])
+def test_the_fused_kernel_gives_the_same_numbers(cudnn, length, masked):
+    """Clients' rows under vmap, with gradients; an odd length is padded for the kernel."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 2, length, 3, 16)), jnp.bfloat16) for _ in range(3))
+    mask = jnp.asarray(np.arange(length) < np.array([[[64], [5]], [[9], [33]]])) if masked else None
+
+    def numbers(rate):
+        def one(q, k, v, mask):
+            return layers.attend(q, k, v, mask=mask, rate=rate, key=KEY if rate else None)
+
+        def total(q, k, v, mask):
+            return jnp.square(one(q, k, v, mask).astype(jnp.float32)).sum()
+
+        axes = (0, 0, 0, 0 if masked else None)
+        both = jax.jit(jax.vmap(lambda *x: (one(*x), jax.grad(total, (0, 1, 2))(*x)), axes))
+        return jax.tree.leaves(both(q, k, v, mask))
+
+    fused = numbers(0)
+    assert cudnn
+    calls = len(cudnn)
+    plain = numbers(1e-9)  # asks for dropout, which the kernel does not do, and rounds to none
+    assert len(cudnn) == calls
+    for ours, theirs in zip(fused, plain, strict=True):
+        scale = float(jnp.abs(theirs).max())
+        close(np.asarray(ours, np.float32) / scale, np.asarray(theirs, np.float32) / scale, atol=0.02)
+
+
+def test_the_fused_kernel_is_for_half_precision_and_length(cudnn):
+    q = jnp.ones((1, 64, 2, 16), jnp.bfloat16)
+    layers.attend(q, q, q, rate=0.1, key=KEY)
+    layers.attend(*[q.astype(jnp.float32)] * 3)
+    layers.attend(q[:, :63], q, q)
+    assert not cudnn
+    layers.attend(q, q, q)
+    assert len(cudnn) == 1
 
 
 @pytest.mark.parametrize("config", [CONFIG, BERT], ids=["vit", "bert"])

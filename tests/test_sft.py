@@ -5,11 +5,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_llama
 import tiny_tokenizer
 from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
+from fedgalore_jax.models import llama
+from fedgalore_jax.prepare import with_classes
 
 ROWS = [
     {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}
@@ -186,3 +189,5 @@ def test_gsm_symbolic_shares_no_problem_between_splits(tmp_path, monkeypatch):
     answers = seen["test"].answers
     assert data.generation.score(answers, data.generation.references) == {"exact_match": 1.0}
     assert np.mean([" = " in answer for answer in answers]) > 0.8
+    fns = llama.build(tiny_llama.LLAMA)  # has no labels, whatever the kinds of problem are called
+    assert with_classes(fns, data, drawn=False) is fns

@@ -30,46 +30,82 @@ SHAPES = {
         hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
         image_size=44, patch_size=4,
     ),
+    "roberta-base": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ),
+    "vit-b16": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        image_size=224, patch_size=16,
+    ),
 }  # fmt: skip
+"""Sizes by Hugging Face's names; what has a vocabulary reads `LENGTH` tokens, none of them padding."""
+SMALL = ("digits-vit", "vit-tiny", "roberta-tiny")
 VARIANTS = {
     "factored": ("fedgalore", {"sync": "mean"}),
     "factored own": ("fedgalore", {"sync": "mean", "basis": "own"}),
     "factored ajive": ("fedgalore", {"sync": "ajive"}),
     "dense": ("fedgalore", {"sync": "mean", "client_weights": "dense"}),
     "fedit": ("fedit", {}),
+    "fedavg": ("fedavg", {}),
 }
-CLIENTS, BATCH, RANK = 8, 16, 8
+CLIENTS, BATCH, RANK, LENGTH, LABELS = 8, 16, 8, 128, 10
 
 
-def serve(shape: str, variant: str, steps: int) -> None:
-    """One variant in this process: says what compiling took, then runs a round for every line it reads."""
+def build(
+    shape: str,
+    variant: str,
+    steps: int,
+    *,
+    clients: int = CLIENTS,
+    chunk: int | None = None,
+    precision: str = "float32",
+):
+    """An engine over random weights and data, the state before the first round, and that round's plan."""
     import jax
     import numpy as np
 
     from fedgalore_jax import engine, strategies, tasks
     from fedgalore_jax.data import FederatedData, Split
-    from fedgalore_jax.models import vit
+    from fedgalore_jax.models import roberta, vit
 
-    config = vit.Config(**SHAPES[shape], labels=tuple(map(str, range(10))))
-    fns = vit.build(config)
-    rng = np.random.default_rng(0)
-    side, channels = config.image_size, config.num_channels
-    pixels = rng.normal(size=(CLIENTS * BATCH, side, side, channels)).astype(np.float32)
-    train = Split({"pixel_values": pixels}, rng.integers(0, 10, len(pixels)))
+    rng, samples, sizes = np.random.default_rng(0), clients * BATCH, SHAPES[shape]
+    labels = tuple(map(str, range(LABELS)))
+    if "vocab_size" in sizes:
+        config = roberta.Config(**sizes, labels=labels)
+        fns = roberta.build(config, precision=precision)
+        inputs = {"input_ids": rng.integers(5, config.vocab_size, (samples, LENGTH)).astype(np.int32)}
+    else:
+        config = vit.Config(**sizes, labels=labels)
+        fns = vit.build(config, precision=precision)
+        pixels = (samples, config.image_size, config.image_size, config.num_channels)
+        inputs = {"pixel_values": rng.normal(size=pixels).astype(np.float32)}
+    train = Split(inputs, rng.integers(0, LABELS, samples))
     method, options = VARIANTS[variant]
     machine = engine.Engine(
         strategies.build(method, lr=1e-3, rank=RANK, **options),
         lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
         engine.on_device(train),
-        CLIENTS,
+        clients,
         steps,
-        CLIENTS,
+        chunk or clients,
     )
-    state = engine.init(machine.strategy, fns.init(jax.random.key(0)), jax.random.key(1), CLIENTS)
-    parts = np.split(np.arange(len(pixels)), CLIENTS)
-    plan = FederatedData(parts, 0).plan(range(1), CLIENTS, steps, BATCH)
+    params = jax.jit(fns.init)(jax.random.key(0))
+    state = engine.init(machine.strategy, params, jax.random.key(1), clients)
+    parts = np.split(np.arange(samples), clients)
+    return machine, state, FederatedData(parts, 0).plan(range(1), clients, steps, BATCH)
+
+
+def serve(shape: str, variant: str, steps: int) -> None:
+    """One variant in this process: says what compiling took, then runs a round for every line it reads."""
+    import jax
+
+    from fedgalore_jax import engine
+
+    machine, state, plan = build(shape, variant, steps)
     began = time.perf_counter()
-    rounds = machine.rounds().lower(state, machine.train, plan, 1).compile()
+    rounds = engine.compiled(machine.rounds().lower(state, machine.train, plan, 1))
     compiled = time.perf_counter() - began
     jax.block_until_ready(rounds(state, machine.train, plan, 1))
     print(json.dumps([compiled, rounds.memory_analysis().temp_size_in_bytes / 1e6]), flush=True)
@@ -81,10 +117,10 @@ def serve(shape: str, variant: str, steps: int) -> None:
 
 
 class Server:
-    """A process that runs rounds of one variant on demand."""
+    """A process that runs rounds of one variant on demand, by the `serve` of this module or of another."""
 
-    def __init__(self, shape: str, variant: str, steps: int):
-        code = f"from experiments.bench.round import serve; serve({shape!r}, {variant!r}, {steps})"
+    def __init__(self, *args: str | int, module: str = "round"):
+        code = f"from experiments.bench.{module} import serve; serve(*{args!r})"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
         self.compiled, self.temporary = self.answer()
@@ -103,7 +139,7 @@ class Server:
 def main() -> None:
     """Prints one table per shape."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; {', '.join(SMALL)} by default")
     parser.add_argument("--steps", type=int, default=10, help="local steps")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
@@ -111,7 +147,7 @@ def main() -> None:
     variants = args.variants.split(",")
     if unknown := [*({*args.shapes} - {*SHAPES}), *({*variants} - {*VARIANTS})]:
         parser.error(f"unknown {unknown[0]!r}: shapes {', '.join(SHAPES)}; variants {', '.join(VARIANTS)}")
-    for shape in args.shapes or SHAPES:
+    for shape in args.shapes or SMALL:
         print(f"\n{shape}: {CLIENTS} clients x {args.steps} steps x batch {BATCH}, rank {RANK}")
         print(
             f"{'':16}{'s/round':>9}{'vs dense':>10}{'range':>16}{'peak MB':>9}{'temp MB':>9}{'compile s':>11}"

@@ -140,9 +140,7 @@ def attend(
     """
     batch, length, heads, d = q.shape
     if _fused(q, k) and (key is None or rate == 0):
-        if mask is not None:  # in full: its rule for vmap broadcasts nothing
-            mask = jnp.broadcast_to(mask[:, None, None], (batch, heads, length, k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+        return _attend_fused(q, k, v, mask, causal)
     # Heads first, in so many words: a CPU takes twice as long over products of strided arrays. The queries
     # of a group stand below each other, so that a key's head is one product.
     q = jnp.moveaxis((q * d**-0.5).reshape(batch, length, k.shape[2], -1, d), 1, 3)
@@ -162,13 +160,37 @@ def attend(
 
 
 def _fused(q: Array, k: Array) -> bool:
-    """Whether there is a fused kernel for these arrays: cuDNN's, for half precision and whole blocks.
+    """Whether there is a fused kernel for these arrays: cuDNN's, for half precision and 64 tokens or more.
 
     Decided while tracing. `jax.nn.dot_product_attention` picks no kernel by itself, and without one
     it does what `attend` does: on a CPU up to a twentieth slower, and in float32 even for float64.
     """
-    whole = q.shape[1] % 64 == k.shape[1] % 64 == q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return whole and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
+    long, whole = min(q.shape[1], k.shape[1]) >= 64, q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return long and whole and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
+
+
+def _attend_fused(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
+    """`attend` by cuDNN, which takes even lengths only: an odd one gets a place that nobody sees."""
+    (batch, length, heads, _), keys = q.shape, k.shape[1]
+    query_lengths = key_lengths = None
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    if mask is not None:  # in full: the kernel's rule for vmap broadcasts nothing
+        mask = jnp.pad(mask, ((0, 0), (0, keys % 2)))[:, None, None]
+        mask = jnp.broadcast_to(mask, (batch, heads, q.shape[1], k.shape[1]))
+    elif length % 2 or keys % 2:
+        own = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # batched where the queries are, for the same reason
+        query_lengths, key_lengths = length + own, keys + own
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
+    return mixed[:, :length]
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,193 @@
+"""Rounds on one GPU: checked, timed, and set against PyTorch, in one table.
+
+    python -m experiments.bench.gpu [--repeats=5] [--without_peers]
+
+Eight clients x ten local steps x batch 16, rank 8, bfloat16 products; RoBERTa-base reads 128 tokens, ViT-B/16
+an image of 224 pixels. All programs are compiled beside each other, then each is timed alone. TFLOP/s counts
+needed work: forward products, and backward ones to activations. Memory is the compiled program's, arguments
+and temporaries. PyTorch trains two of the eight clients, one after the other, and its seconds are times four.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from concurrent import futures
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the rest is PyTorch's
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench import shared_signal
+from experiments.bench.peers import PEERS
+from experiments.bench.round import BATCH, LENGTH, SHAPES, Server, build
+from fedgalore_jax import adapters, engine
+from fedgalore_jax.models import layers
+from fedgalore_jax.shared_signal import synchronise
+from fedgalore_jax.types import Adapted
+
+STEPS, MEASURED, CLIENTS = 10, 2, 8
+
+
+class Row(NamedTuple):
+    """One program of the table."""
+
+    shape: str
+    variant: str
+    clients: int = CLIENTS
+    chunk: int | None = None
+
+
+ROWS = (
+    Row("roberta-base", "factored ajive"),
+    Row("roberta-base", "factored own"),
+    Row("roberta-base", "fedit"),
+    Row("roberta-base", "factored ajive", 32, 8),
+    Row("roberta-base", "factored ajive", 128, 8),
+    Row("vit-b16", "factored ajive"),
+)
+
+
+def check() -> None:
+    """What a GPU does in its own way, against the plain way in float32."""
+    key = jax.random.key(0)
+    for length in (128, 197):
+        q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 4, length, 12, 64)) for i in range(3))
+
+        def loss(*x):
+            return jax.vmap(layers.attend)(*x).astype(jnp.float32).var()
+
+        wide = jax.jit(jax.grad(loss))(q, k, v)
+        half = jax.jit(jax.grad(loss))(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+        print(f"fused attention, {length} tokens: gradients differ by {differs(half, wide):.4f}")
+    x, base, a, b = (
+        jax.random.normal(jax.random.fold_in(key, i), shape)
+        for i, shape in enumerate([(8, 2048, 768), (768, 768), (768, 8), (8, 8, 768)])
+    )
+
+    def merged(x, b):
+        ys = jax.vmap(lambda x, b: adapters.matmuls(x, [Adapted(base, a, b)])[0])(x, b)
+        return ys.astype(jnp.float32).var()
+
+    def plain(x, b):
+        return ((x @ base) + (x @ a) @ b).var()
+
+    wide = jax.jit(jax.grad(plain, 1))(x, b)
+    half = jax.jit(jax.grad(merged, 1))(x.astype(jnp.bfloat16), b)
+    print(f"merged adapters: gradients differ by {differs(half, wide):.4f}", flush=True)
+
+
+def differs(ours: jax.Array, theirs: jax.Array) -> float:
+    """The largest difference, over the largest number."""
+    return float(abs(ours.astype(jnp.float32) - theirs).max() / abs(theirs).max())
+
+
+def teraflop(row: Row) -> float:
+    """Needed work of a round, in 1e12 operations."""
+    sizes = SHAPES[row.shape]
+    width, depth, inner = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+    tokens = LENGTH if "vocab_size" in sizes else (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
+    kernels = 2 * depth * (4 * width**2 + 2 * width * inner)
+    attention = 4 * depth * tokens * width
+    return 1e-12 * row.clients * STEPS * BATCH * tokens * (2 * kernels + 3 * attention)
+
+
+def compiled(row: Row) -> Any:
+    """A row's program and what it is called with."""
+    machine, state, plan = build(
+        row.shape, row.variant, STEPS, clients=row.clients, chunk=row.chunk, precision="bf16"
+    )
+    lowered = machine.rounds().lower(state, machine.train, plan, 1)
+
+    def finish():
+        began = time.perf_counter()
+        return engine.compiled(lowered), time.perf_counter() - began
+
+    return finish, (state, machine.train, plan, 1)
+
+
+def seconds(call: Any, repeats: int) -> float:
+    """The median of so many calls after a first one."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> dict[Row, float]:
+    """Prints our rows, timed once `others` too are ready; gives their seconds."""
+    print(f"\n{'':34}{'clients':>8}{'s/round':>9}{'TFLOP/s':>9}{'GiB':>7}{'compile s':>11}", flush=True)
+    took, jobs = {}, []
+    for row in ROWS:
+        finish, args = compiled(row)
+        jobs.append((row, pool.submit(finish), args))
+    futures.wait([job for _, job, _ in jobs] + others)
+    for row, job, args in jobs:
+        program, compiling = job.result()
+        memory = program.memory_analysis()
+        took[row] = seconds(lambda program=program, args=args: program(*args), repeats)
+        total = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30
+        print(
+            f"{row.shape + ' ' + row.variant:34}{row.clients:8}{took[row]:9.3f}"
+            f"{teraflop(row) / took[row]:9.0f}{total:7.2f}{compiling:11.0f}",
+            flush=True,
+        )
+    return took
+
+
+def server(repeats: int) -> None:
+    """Prints the server's synchronisation of a RoBERTa-base's second moments."""
+    clients, rank, signal_rank, groups = shared_signal.MODELS["RoBERTa-base"]
+    stacks = shared_signal.moments(clients, rank, groups, jax.random.key(0))
+    weights = jnp.full(clients, 1 / clients)
+
+    @jax.jit
+    def run():
+        return [synchronise(x, weights, method="ajive", signal_rank=signal_rank) for x in stacks]
+
+    print(f"\nAJIVE of 72 kernels' moments, 8 clients: {1e3 * seconds(run, repeats):.1f} ms", flush=True)
+
+
+def peers(servers: dict[tuple[str, str], futures.Future], took: dict[Row, float]) -> None:
+    """Prints PyTorch's rows, and how many times ours is faster."""
+    print(f"\n{'PyTorch':34}{'s/round':>9}{'GiB':>7}{'over ours':>11}")
+    for (shape, peer), ready in servers.items():
+        each, megabytes = ready.result().round()
+        ready.result().process.kill()
+        each *= CLIENTS / MEASURED
+        ratio = each / took[Row(shape, "factored ajive")]
+        print(f"{shape + ' ' + peer:34}{each:9.2f}{megabytes * 1e6 / 2**30:7.2f}{ratio:11.1f}", flush=True)
+
+
+def main() -> None:
+    """Prints everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without_peers", action="store_true", help="where PyTorch is not installed")
+    args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.exit(2, "no GPU: experiments.bench.round compares methods on a CPU\n")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    pool = futures.ThreadPoolExecutor()
+    start = functools.partial(Server, module="peers")
+    servers = {
+        (shape, peer): pool.submit(start, shape, peer, STEPS, MEASURED)
+        for shape in ("roberta-base", "vit-b16")
+        for peer in PEERS
+        if not args.without_peers
+    }
+    check()
+    took = ours(args.repeats, pool, list(servers.values()))
+    server(args.repeats)
+    if servers:
+        peers(servers, took)
+
+
+if __name__ == "__main__":
+    main()
