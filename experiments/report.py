@@ -76,6 +76,17 @@ def curves(out: pathlib.Path, results: list[Record]) -> None:
     _save(figure, out / "curves.png")
 
 
+def save_curves(path: pathlib.Path, curves: dict[str, tuple[Sequence[int], Sequence[float]]]) -> None:
+    """Draws `{title: (sizes, seconds)}`, one picture beside the other, on logarithmic axes."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), layout="constrained")
+    for axis, (title, (sizes, seconds)) in zip(axes, curves.items(), strict=True):
+        axis.loglog(sizes, seconds, marker="o", linewidth=1.6)
+        axis.set(title=title, ylabel="seconds", ylim=(min(seconds) / 3, max(seconds) * 3))
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) -> None:
     """Draws how many samples of each class each client has.
 

@@ -98,7 +98,7 @@ def teraflop(row: Row) -> float:
 def compiled(row: Row) -> Any:
     """A row's program and what it is called with."""
     machine, state, plan = build(
-        row.shape, row.variant, STEPS, clients=row.clients, chunk=row.chunk, precision="bf16"
+        SHAPES[row.shape], row.variant, STEPS, clients=row.clients, chunk=row.chunk, precision="bf16"
     )
     lowered = machine.rounds().lower(state, machine.train, plan, 1)
 

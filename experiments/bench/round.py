@@ -54,15 +54,27 @@ CLIENTS, BATCH, RANK, LENGTH, LABELS = 8, 16, 8, 128, 10
 
 
 def build(
-    shape: str,
+    sizes: dict[str, Any],
     variant: str,
     steps: int,
     *,
     clients: int = CLIENTS,
+    population: int | None = None,
     chunk: int | None = None,
     precision: str = "float32",
+    scan_layers: bool | None = None,
 ):
-    """An engine over random weights and data, the state before the first round, and that round's plan."""
+    """An engine over random weights and data, the state before the first round, and that round's plan.
+
+    Args:
+      sizes: one of `SHAPES`.
+      variant: one of `VARIANTS`.
+      steps: K.
+      clients: C.
+      population: N, if others than the cohort are there; they share its samples.
+      chunk: clients trained at a time, C if None.
+      precision, scan_layers: of the model.
+    """
     import jax
     import numpy as np
 
@@ -70,15 +82,15 @@ def build(
     from fedgalore_jax.data import FederatedData, Split
     from fedgalore_jax.models import roberta, vit
 
-    rng, samples, sizes = np.random.default_rng(0), clients * BATCH, SHAPES[shape]
+    rng, samples, everyone = np.random.default_rng(0), clients * BATCH, population or clients
     labels = tuple(map(str, range(LABELS)))
     if "vocab_size" in sizes:
         config = roberta.Config(**sizes, labels=labels)
-        fns = roberta.build(config, precision=precision)
+        fns = roberta.build(config, precision=precision, scan_layers=scan_layers)
         inputs = {"input_ids": rng.integers(5, config.vocab_size, (samples, LENGTH)).astype(np.int32)}
     else:
         config = vit.Config(**sizes, labels=labels)
-        fns = vit.build(config, precision=precision)
+        fns = vit.build(config, precision=precision, scan_layers=scan_layers)
         pixels = (samples, config.image_size, config.image_size, config.num_channels)
         inputs = {"pixel_values": rng.normal(size=pixels).astype(np.float32)}
     train = Split(inputs, rng.integers(0, LABELS, samples))
@@ -87,13 +99,13 @@ def build(
         strategies.build(method, lr=1e-3, rank=RANK, **options),
         lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
         engine.on_device(train),
-        clients,
+        everyone,
         steps,
         chunk or clients,
     )
     params = jax.jit(fns.init)(jax.random.key(0))
-    state = engine.init(machine.strategy, params, jax.random.key(1), clients)
-    parts = np.split(np.arange(samples), clients)
+    state = engine.init(machine.strategy, params, jax.random.key(1), everyone)
+    parts = [np.arange(BATCH) + BATCH * (i % clients) for i in range(everyone)]
     return machine, state, FederatedData(parts, 0).plan(range(1), clients, steps, BATCH)
 
 
@@ -103,7 +115,7 @@ def serve(shape: str, variant: str, steps: int) -> None:
 
     from fedgalore_jax import engine
 
-    machine, state, plan = build(shape, variant, steps)
+    machine, state, plan = build(SHAPES[shape], variant, steps)
     began = time.perf_counter()
     rounds = engine.compiled(machine.rounds().lower(state, machine.train, plan, 1))
     compiled = time.perf_counter() - began
