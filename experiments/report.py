@@ -83,6 +83,10 @@ def save_curves(path: pathlib.Path, curves: dict[str, tuple[Sequence[int], Seque
     for axis, (title, (sizes, seconds)) in zip(axes, curves.items(), strict=True):
         axis.loglog(sizes, seconds, marker="o", linewidth=1.6)
         axis.set(title=title, ylabel="seconds", ylim=(min(seconds) / 3, max(seconds) * 3))
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ticks = seconds if max(seconds) > 2 * min(seconds) else [max(seconds)]
+        axis.set_yticks(ticks, [f"{s:.2g}" for s in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     _save(figure, path)
 

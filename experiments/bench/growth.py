@@ -76,7 +76,7 @@ def main() -> None:
     for axis, (sizes, seconds) in curves.items():
         points = ", ".join(f"{size:,}: {s:.3f} s" for size, s in zip(sizes, seconds, strict=True))
         print(f"{axis:20} exponent {exponent(sizes, seconds):5.2f}   {points}", flush=True)
-    titled = {f"{axis}, exponent {exponent(*curve):.2f}": curve for axis, curve in curves.items()}
+    titled = {f"{axis}\nexponent {exponent(*curve):.2f}": curve for axis, curve in curves.items()}
     save_curves(pathlib.Path(args.out), titled)
 
 
