@@ -21,7 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fedgalore_jax import hosts
 from fedgalore_jax.folder import read_json, write_json
 from fedgalore_jax.types import Tree
 
@@ -36,8 +38,8 @@ class Misfit(ValueError):
 class Checkpoints:
     """The checkpoints of one run; a context that waits for the last one at its end.
 
-    Each is whole by itself. On many hosts every process calls `save` and `restore` at the same rounds; the
-    folder is one that all of them see.
+    Each is whole by itself. Where there are several processes all call every method at the same rounds, each
+    writes and reads what it holds, and the first sees to the rest; the folder is one that all of them see.
 
     Args:
       run: the run's folder.
@@ -83,10 +85,13 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        arrays, path = _arrays(tree), self.path / str(rounds)
+        # What the host keeps is written in place while Orbax is still at work.
+        kept = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+        arrays, path = _arrays(kept), self.path / str(rounds)
         with _written(path):
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / SHAPES, _shapes(arrays))
+            if hosts.first():
+                path.mkdir(parents=True, exist_ok=True)
+                write_json(path / SHAPES, _shapes(arrays))
             self.orbax.save(path / ARRAYS, args=ocp.args.PyTreeSave(arrays))
         self.saving = self.thread.submit(self._finish, path)
 
@@ -100,20 +105,18 @@ class Checkpoints:
         if saving:
             saving.result()
 
-    def restore(self, rounds: int, like: Tree) -> Tree:
-        """Reads a checkpoint.
+    def check(self, rounds: int, like: Tree) -> None:
+        """Sees that a checkpoint can be read.
 
         Args:
           rounds: which.
-          like: the tree with `jax.ShapeDtypeStruct` leaves, whose shardings say where the arrays go.
+          like: as for `restore`.
 
         Raises:
           OSError: it is damaged.
           Misfit: it holds another tree.
         """
-        import orbax.checkpoint as ocp
-
-        path, wanted = self.path / str(rounds), _arrays(like)
+        path = self.path / str(rounds)
         try:
             digests = read_json(path / DIGESTS)
             damaged = [name for name, digest in digests.items() if _digest(path / name) != digest]
@@ -123,17 +126,29 @@ class Checkpoints:
             raise OSError(str(error)) from None
         if damaged:
             raise OSError(f"{path / damaged[0]} is damaged")
-        now, was = _shapes(wanted), read_json(path / SHAPES)
+        now, was = _shapes(_arrays(like)), read_json(path / SHAPES)
         if wrong := [name for name in {**now, **was} if now.get(name) != was.get(name)]:
             here, there = (shapes.get(wrong[0], "nothing") for shapes in (now, was))
             raise Misfit(f"{path} has {there} at {wrong[0]}, where a run with these values has {here}")
+
+    def restore(self, rounds: int, like: Tree) -> Tree:
+        """Reads a checkpoint that was checked.
+
+        Args:
+          rounds: which.
+          like: the tree with `jax.ShapeDtypeStruct` leaves, whose shardings say where the arrays go; those
+            without one become NumPy's.
+        """
+        import orbax.checkpoint as ocp
+
+        path, wanted = self.path / str(rounds), _arrays(like)
+        on_host = ocp.RestoreArgs(restore_type=np.ndarray)
         places = ocp.checkpoint_utils.construct_restore_args(wanted)
+        places = {name: places[name] if leaf.sharding else on_host for name, leaf in wanted.items()}
         arrays = self.orbax.restore(path / ARRAYS, args=ocp.args.PyTreeRestore(wanted, restore_args=places))
         return _tree(arrays, like)
 
-    def newest(
-        self, like: Callable[[int], Tree], up_to: int, say: Callable[[str], None]
-    ) -> tuple[int, Tree] | None:
+    def newest(self, like: Callable[[int], Tree], up_to: int, say: Callable[[str], None]) -> int:
         """The newest checkpoint that can be used. Later ones and damaged ones are removed.
 
         Args:
@@ -142,24 +157,27 @@ class Checkpoints:
           say: takes a line for each that is damaged.
 
         Returns:
-          Its rounds and its tree, or None where there is none.
+          Its rounds, or 0 where there is none.
 
         Raises:
           Misfit: it holds another tree.
         """
-        for rounds in self.rounds():
+        for rounds in self.rounds() if hosts.first() else ():
             if rounds <= up_to:
                 try:
-                    return rounds, self.restore(rounds, like(rounds))
+                    self.check(rounds, like(rounds))
+                    return hosts.agreed(rounds)
                 except OSError as error:
                     say(f"the checkpoint of round {rounds} cannot be used: {error}")
             shutil.rmtree(self.path / str(rounds))
-        return None
+        return hosts.agreed(0)
 
     def _finish(self, path: pathlib.Path) -> None:
         """Makes a checkpoint whole once Orbax's part is there, and removes the oldest."""
         with _written(path):
             self.orbax.wait_until_finished()
+            if not hosts.first():
+                return
             files = sorted(file for file in path.rglob("*") if file.is_file())
             write_json(path / DIGESTS, {str(file.relative_to(path)): _digest(file) for file in files})
         for rounds in self.rounds()[self.keep :]:
@@ -182,7 +200,12 @@ def _written(path: pathlib.Path) -> Iterator[None]:
 
 def abstract(tree: Tree) -> Tree:
     """Shapes, types and shardings of a tree: what `restore` takes, without the arrays themselves."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+    def one(leaf):
+        sharding = None if isinstance(leaf, np.ndarray) else leaf.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -209,7 +232,7 @@ def _tree(arrays: dict[str, Any], like: Tree) -> Tree:
 
     def leaf(path, shape):
         if not shape.size:
-            return jnp.zeros(shape.shape, shape.dtype)
+            return jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
         array = arrays[jax.tree_util.keystr(path)]
         return jax.random.wrap_key_data(array) if _is_key(shape) else array
 

@@ -12,8 +12,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
 KEEP = ("last", "best")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "norm_clip")
-MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override")
-"""Fields that may differ when a run goes on: no number of it depends on them."""
+MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override", "mesh")
+"""Fields that may differ when a run goes on: no number of it depends on them, rounding aside."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Config:
       dp_clip: norm that a client's change is scaled down to (client-level DP-FedAvg); with `dp_noise`.
       dp_noise: standard deviation of the noise on the sum of changes, in multiples of `dp_clip`.
       chunk: clients trained at a time (memory against speed); the whole cohort if None.
+      mesh: devices over which a run is spread, clients x model: with "8x1" each of eight trains an eighth of
+        the cohort, with "4x2" two share the weights of each quarter; one device if None.
       eval_every: rounds between evaluations on the validation split.
       eval_samples: at most so many of each validation and test split, drawn at random; all if None.
       keep: which model is saved and judged on the test split, the "last" or the "best" on validation.
@@ -121,6 +123,7 @@ class Config:
     dp_clip: float | None = None
     dp_noise: float | None = None
     chunk: int | None = None
+    mesh: str | None = None
     eval_every: int = 1
     eval_samples: int | None = None
     keep: str = "last"
@@ -160,6 +163,8 @@ class Config:
         self._require("override", not self.override or self.resume, "--resume too")
         fits = self.cohort is None or self.cohort <= self.clients
         self._require("cohort", fits, f"at most --clients, {self.clients}")
+        fits = self.mesh is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh)
+        self._require("mesh", fits, "two numbers, clients x model, such as 8x1")
 
         for name in ("adapt", "train"):
             try:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedgalore_jax import tree
+from fedgalore_jax import placement, tree
 from fedgalore_jax.aggregators import MEAN, Aggregator
 from fedgalore_jax.client import Loss, local_train
 from fedgalore_jax.data import Plan, Split
@@ -23,7 +24,7 @@ class RunState(NamedTuple):
 
     Attributes:
       server: the strategy's state.
-      clients: memories of all clients, rows `[N, ...]`.
+      clients: memories of all clients, rows `[N, ...]`; inside of a block with slots, a row for each.
       last: `[N]` int32, the last round each client took part in; -1 before its first.
       key: the run's PRNG key; round t uses `fold_in(key, t)`.
     """
@@ -54,15 +55,49 @@ class Wire(NamedTuple):
     gradients: float
 
 
-def init(strategy: Strategy, params: Params, key: Array, num_clients: int) -> RunState:
+def init(
+    strategy: Strategy,
+    params: Params,
+    key: Array,
+    num_clients: int,
+    mesh: placement.Mesh | None = None,
+    *,
+    remember: bool = True,
+) -> RunState:
     """The state before round 0. Weights are kept in float32 or wider, whatever they were stored in:
-    changes of a round would be lost in half precision."""
-    params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+    changes of a round would be lost in half precision. `remember=False` leaves out the memories."""
+    params = wide(params)
     server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    server = jax.jit(strategy.init, static_argnums=2)(params, server_key, num_clients)
-    ids = jnp.arange(num_clients, dtype=jnp.int32)
-    clients = jax.vmap(partial(strategy.client_init, params))(ids)
-    return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
+
+    def begin(params, server_key, run_key):
+        server = strategy.init(params, server_key, num_clients)
+        clients = memories(strategy, params, jnp.arange(num_clients)) if remember else ()
+        return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
+
+    args = (params, server_key, run_key)
+    places = shardings(strategy, jax.eval_shape(begin, *args), mesh) if mesh else None
+    return jax.jit(begin, out_shardings=places)(*args)
+
+
+def memories(strategy: Strategy, params: Params, ids: Array) -> Tree:
+    """The first memories of clients, a row for each."""
+    return jax.vmap(partial(strategy.client_init, wide(params)))(ids.astype(jnp.int32))
+
+
+def wide(params: Params) -> Params:
+    """Parameters in float32, or as they are where they are wider."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def shardings(strategy: Strategy, state: RunState, mesh: placement.Mesh) -> Any:
+    """Where the arrays of a state lie on a mesh: a `RunState` of shardings."""
+    weights = tree.flatten(jax.eval_shape(strategy.export, state.server))
+    whole: Any = placement.whole(mesh)
+    server, clients = (
+        placement.of_server(mesh, state.server, weights),
+        placement.of_clients(mesh, state.clients, weights),
+    )
+    return RunState(server, clients, whole, whole)
 
 
 class Engine(NamedTuple):
@@ -71,10 +106,14 @@ class Engine(NamedTuple):
     Attributes:
       strategy: the algorithm.
       loss: of the model, `(params, batch, key) -> scalar`.
-      train: the training set, on the device.
+      train: the training set: on the devices, or, with `streams`, the host's, of which `rounds` is given each
+        client's share of a block.
       num_clients: N.
       steps: K.
       chunk: clients trained at a time; C of every plan is a multiple of it.
+      mesh: what a round is spread over, None for one device; `chunk` is a multiple of its clients axis.
+      streams: whether the training data travel with each block, `[R, C / chunk, chunk, S, ...]`: S samples of
+        each client, which `Plan.samples` then counts from 0.
       aggregator: how uploads become one.
     """
 
@@ -84,6 +123,8 @@ class Engine(NamedTuple):
     num_clients: int
     steps: int
     chunk: int
+    mesh: placement.Mesh | None = None
+    streams: bool = False
     aggregator: Aggregator = MEAN
 
     def rounds(self) -> Any:
@@ -96,20 +137,34 @@ class Engine(NamedTuple):
             def row(r):
                 return jax.tree.map(lambda field: field[r], plan)
 
+            def data(r):
+                return {name: x[r] for name, x in train.items()} if self.streams else train
+
             def body(r, carry):
                 state, metrics = carry
-                state, new = self.round(state, train, row(r))
-                return state, jax.tree.map(lambda rows, x: rows.at[r].set(x), metrics, new)
+                state, new = self.round(state, data(r), row(r))
+                return self.held(state), jax.tree.map(lambda rows, x: rows.at[r].set(x), metrics, new)
 
-            shapes = jax.eval_shape(lambda: self.round(state, train, row(0))[1])
+            shapes = jax.eval_shape(lambda: self.round(state, data(0), row(0))[1])
             size = plan.ids.shape[0]
             empty = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, count, body, (state, empty))
 
-        return jax.jit(rounds)
+        def on_mesh(*args):
+            with placement.on(self.mesh):
+                state, metrics = rounds(*args)
+                return self.held(state), placement.everywhere(metrics)
+
+        return jax.jit(on_mesh)
+
+    def held(self, state: RunState) -> RunState:
+        """The traced state, where it lay before."""
+        if self.mesh is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, shardings(self.strategy, state, self.mesh))
 
     def round(self, state: RunState, train: Batch, plan: Plan) -> tuple[RunState, dict[str, Array]]:
-        """One round; `plan` has no round axis.
+        """One round; `plan`, and data that are streamed, have no round axis.
 
         A client whose upload, memory or loss is not finite is as good as absent. Where no one is left, the
         server stays as it was, and only the round's number moves.
@@ -120,11 +175,11 @@ class Engine(NamedTuple):
         counts, size = jnp.asarray(plan.counts), (plan.ids < self.num_clients).sum()
         mask = counts > 0
         weights = self.aggregator.weights(counts, size)
-        memory = jax.tree.map(lambda x: x.take(plan.ids, 0, mode="clip"), state.clients)
+        memory = jax.tree.map(lambda x: x.take(plan.slots, 0, mode="clip"), state.clients)
 
-        def client(memory, client_id, samples, weight, reach):
+        def client(memory, client_id, samples, weight, reach, own):
             def batch(j):
-                return {name: x[samples[j]] for name, x in train.items()} | {"weight": weight}
+                return {name: x[samples[j]] for name, x in (own or train).items()} | {"weight": weight}
 
             client_key = jax.random.fold_in(key, client_id)
             args = (strategy, self.loss, self.steps, download, memory)
@@ -133,8 +188,8 @@ class Engine(NamedTuple):
             return *left, tree.all_finite(left)
 
         def train_chunk(chunk):
-            ids, samples, weight, reach, p, taking_part, memory = chunk
-            upload, memory, losses, finite = jax.vmap(client)(memory, ids, samples, weight, reach)
+            (ids, samples, weight, reach, p, taking_part, memory), own = chunk
+            upload, memory, losses, finite = jax.vmap(client)(memory, ids, samples, weight, reach, own)
             sound = taking_part & finite
             upload, losses = tree.keep_rows(sound, (upload, losses))
             reduced, rows = self.aggregator.arrive(upload, p, sound)
@@ -146,6 +201,7 @@ class Engine(NamedTuple):
 
         everyone = (plan.ids, plan.samples, plan.weight, plan.steps, weights, mask, memory)
         chunks = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]), everyone)
+        chunks = placement.over_clients((chunks, train if self.streams else {}), 1)
         first = jax.tree.map(lambda x: x[0], chunks)
         shapes = jax.eval_shape(lambda c: train_chunk(c)[0], first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -163,8 +219,8 @@ class Engine(NamedTuple):
         missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, upload.stack)
         loss = jnp.average(losses, weights=weights)  # NaN where no one is left
         metrics = {"train_loss": loss, "rejected": (mask & ~present).sum(), **metrics, **missed}
-        ids = jnp.where(present, plan.ids, self.num_clients)
-        clients = jax.tree.map(lambda rows, new: rows.at[ids].set(new, mode="drop"), state.clients, memory)
+        slots, ids = (jnp.where(present, x, self.num_clients) for x in (plan.slots, plan.ids))
+        clients = jax.tree.map(lambda rows, new: rows.at[slots].set(new, mode="drop"), state.clients, memory)
         last = state.last.at[ids].set(download.round, mode="drop")
         return RunState(server, clients, last, state.key), metrics
 
@@ -187,7 +243,8 @@ class Engine(NamedTuple):
 
     def wire(self, state: RunState, plan: Plan) -> Wire:
         """Measures what one client sends, receives, holds and computes, without computing anything."""
-        strategy, clients, gradients = self.strategy, plan.ids.shape[1], []
+        strategy, gradients = self.strategy, []
+        clients = int((np.asarray(plan.ids[0]) < self.num_clients).sum())
 
         def one(state, train, plan):
             download = strategy.broadcast(state.server)
@@ -230,6 +287,10 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return lowered.compile({"xla_gpu_enable_triton_gemm": False} if on_gpu else None)
 
 
-def on_device(split: Split) -> Batch:
-    """A split as the engine takes it: inputs and labels in one dict of device arrays."""
-    return {name: jnp.asarray(x) for name, x in (split.inputs | {"labels": split.labels}).items()}
+def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool = False) -> Any:
+    """A split as the engine takes it: inputs and labels in one dict, of device arrays unless it streams."""
+    if streams:
+        return split.arrays
+    if mesh is None:
+        return {name: jnp.asarray(x) for name, x in split.arrays.items()}
+    return {name: placement.put(x, placement.whole(mesh)) for name, x in split.arrays.items()}

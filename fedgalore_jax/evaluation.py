@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedgalore_jax import models
+from fedgalore_jax import models, placement
 from fedgalore_jax.data import Dataset, Generation, Split, split_by_length
 from fedgalore_jax.tasks import Task
 from fedgalore_jax.types import Params
@@ -23,16 +23,18 @@ class Evaluator(NamedTuple):
     Attributes:
       program: jitted, `(state, batches [n, B, ...]) -> outputs [n, B, ...]`.
       task: whose metrics are meant.
+      batch: B, a multiple of the clients axis of the mesh.
     """
 
     program: Callable[[Any, dict[str, np.ndarray]], Any]
     task: Task
+    batch: int
 
     def outputs(self, state: Any, split: Split) -> np.ndarray:
         """The task's outputs of every sample, `[n, ...]`, in the split's order."""
         rows, parts = [], []
         for where, part in split_by_length(split):
-            batches = in_batches(part.inputs | {"labels": part.labels}, self.task.eval_batch)
+            batches = in_batches(part.arrays, self.batch)
             out = np.asarray(self.program(state, batches))
             parts.append(out.reshape(-1, *out.shape[2:])[: len(where)])
             rows.append(where)
@@ -44,20 +46,31 @@ class Evaluator(NamedTuple):
         return self.task.metrics(self.outputs(state, split), split.labels)
 
 
-def evaluator(task: Task, fns: models.ModelFns, export: Callable[[Any], Params] = lambda p: p) -> Evaluator:
+def evaluator(
+    task: Task,
+    fns: models.ModelFns,
+    export: Callable[[Any], Params] = lambda p: p,
+    mesh: placement.Mesh | None = None,
+) -> Evaluator:
     """Binds a task to a model.
 
     Args:
       task: what is measured.
       fns: the model.
       export: from what `Evaluator` is called with to parameters; a strategy's, for a server's state.
+      mesh: what a batch is spread over.
     """
 
     def one(params, batch):
-        batch = {name: jnp.asarray(x) for name, x in batch.items()}
+        batch = placement.over_clients({name: jnp.asarray(x) for name, x in batch.items()})
         return task.outputs(fns.apply(params, batch), batch)
 
-    return Evaluator(jax.jit(lambda state, batches: jax.lax.map(partial(one, export(state)), batches)), task)
+    def outputs(state, batches):
+        with placement.on(mesh):
+            return placement.everywhere(jax.lax.map(partial(one, export(state)), batches))
+
+    shares = placement.shares(mesh)
+    return Evaluator(jax.jit(outputs), task, -(-task.eval_batch // shares) * shares)
 
 
 def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
 """From a `Config` to a run known to be sound: loaded, split and traced, nothing compiled or written."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable
-from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -12,14 +12,25 @@ import jax
 import numpy as np
 import optax
 
-from fedgalore_jax import defences, engine, evaluation, models, strategies, tasks, tree
+from fedgalore_jax import (
+    blocks,
+    defences,
+    engine,
+    evaluation,
+    hosts,
+    models,
+    placement,
+    strategies,
+    tasks,
+    tree,
+)
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, FederatedData, Source, packages, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
 from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
-from fedgalore_jax.plans import block_size, plan
+from fedgalore_jax.plans import plan
 from fedgalore_jax.strategies.base import ROLES, Common
 from fedgalore_jax.types import Array, Flat, Params
 
@@ -34,6 +45,7 @@ class Prepared(NamedTuple):
       task, dataset, federation: what is learned, by whom.
       fns, params: the model before round 0.
       machine: the engine.
+      blocks: how its rounds are cut into calls.
       compile: makes the program of its rounds, see `engine.Engine.rounds`.
       evaluator: of what `Strategy.export` takes.
       wire: bytes of one client.
@@ -47,6 +59,7 @@ class Prepared(NamedTuple):
     fns: models.ModelFns
     params: Params
     machine: engine.Engine
+    blocks: blocks.Blocks
     compile: Callable[[], Any]
     evaluator: evaluation.Evaluator
     wire: engine.Wire
@@ -67,9 +80,9 @@ def prepare(
 
     Raises:
       ValueError: a value that cannot be used, with its name and the remedy.
-      OSError: `out_dir` already holds something, or cannot be written.
+      OSError: `out_dir` already holds something, or cannot be written (the first of several processes sees).
     """
-    if config.out_dir:
+    if config.out_dir and hosts.first():
         refuse_used(pathlib.Path(config.out_dir), resume=config.resume)
         changes(config)
     task = tasks.get(config.task)
@@ -81,30 +94,52 @@ def prepare(
             f"{config.method} has a model per client, each judged on its share of the classes:"
             " it needs a task with classes, and a partition that deals by them"
         )
-    fns, params = load_model(config, task, dataset) if model is None else model
+    mesh = placement.mesh(config.mesh)
+    if model is None:
+        fns, params = load_model(config, task, dataset, mesh)
+    else:
+        fns, params = model[0], placement.weights(mesh, model[1])
     machine = engine.Engine(
         strategy,
         lambda params, batch, key: task.loss(fns.apply(params, batch, key=key), batch),
-        engine.on_device(dataset.train),
+        engine.on_device(dataset.train, mesh, streams=hosts.several()),
         config.clients,
         config.local_steps,
-        min(config.chunk or config.participants, config.participants),
+        blocks.chunk(config, placement.shares(mesh)),
+        mesh,
+        hosts.several(),
         defences.aggregator(config, strategy),
     )
-    state = jax.eval_shape(lambda: start(config, machine, params))
-    rows = plan(config, machine.chunk, federation, range(block_size(config)))
+    state = jax.eval_shape(lambda: blocks.start(config, machine, params))
+    pieces = blocks.cut(config, machine, federation, state.clients)
+    state = state._replace(clients=pieces.on_devices(state.clients))
+    if mesh:
+        state = placement.placed(state, engine.shardings(strategy, state, mesh))
+    rows = plan(config, machine.chunk, federation, range(pieces.rounds), pieces.rounds)
 
     def with_rate(rate, *args):
         return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
 
-    args = (state, machine.train, rows, 1)
+    args = (state, *blocks.load(machine, rows, pieces), 1)
     lowered = jax.jit(with_rate).lower(1.0, *args) if any_rate else machine.rounds().lower(*args)
     wire = machine.wire(state, rows)
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
-    evaluator = evaluation.evaluator(task, fns, export)
+    evaluator = evaluation.evaluator(task, fns, export, mesh)
     base = model_path(config, task) if model is None else None
-    program = partial(engine.compiled, lowered)
-    return Prepared(config, task, dataset, federation, fns, params, machine, program, evaluator, wire, base)
+    return Prepared(
+        config,
+        task,
+        dataset,
+        federation,
+        fns,
+        params,
+        machine,
+        pieces,
+        functools.partial(engine.compiled, lowered),
+        evaluator,
+        wire,
+        base,
+    )
 
 
 def changes(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -124,12 +159,6 @@ def changes(config: Config) -> dict[str, tuple[Any, Any]]:
             " with the new ones"
         )
     return differing
-
-
-def start(config: Config, machine: engine.Engine, params: Params) -> engine.RunState:
-    """The state before round 0."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return engine.init(machine.strategy, params, key, config.clients)
 
 
 def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> strategies.Strategy:
@@ -218,7 +247,9 @@ def partition_of(config: Config, dataset: Dataset) -> str:
     return kind
 
 
-def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
+def load_model(
+    config: Config, task: tasks.Task, dataset: Dataset, mesh: placement.Mesh | None = None
+) -> Model:
     """The model that a config names, with a head for the task."""
     fns, params = models.load(
         model_path(config, task),
@@ -228,6 +259,7 @@ def load_model(config: Config, task: tasks.Task, dataset: Dataset) -> Model:
         scan_layers=config.scan_layers,
         remat=config.remat,
         dropout=config.dropout,
+        shardings=functools.partial(placement.weight, mesh),
         key=jax.random.fold_in(jax.random.key(config.seed), 0),
     )
     return with_classes(fns, dataset, drawn=config.new_head), params

@@ -1,11 +1,11 @@
 """The models that a run leaves in its folder."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
-from fedgalore_jax import engine, models, tree
+from fedgalore_jax import engine, hosts, models, tree
 from fedgalore_jax.data import tokens
 from fedgalore_jax.prepare import Prepared, by_role
 from fedgalore_jax.types import Params
@@ -14,19 +14,24 @@ from fedgalore_jax.types import Params
 def save_models(
     out: pathlib.Path, prepared: Prepared, state: engine.RunState, params: Params, say: Callable[[str], None]
 ) -> None:
-    """Writes `model/`, with `adapter/` where the method leaves one; a personalised method's `models/`."""
+    """Writes `model/`, with `adapter/` where the method leaves one; a personalised method's `models/`.
+
+    Where there are several processes, all give what they hold to the first, which writes.
+    """
     strategy, config = prepared.machine.strategy, prepared.config
-    found = {out / "model": params}
+
+    def own(client):
+        memory = jax.tree.map(lambda x: x[client], state.clients)
+        return hosts.fetch(strategy.export(state.server, memory))
+
+    found: Iterable[tuple[pathlib.Path, Params]] = [(out / "model", params)]
     if strategy.personal:
-        memories = [jax.tree.map(lambda x, c=c: x[c], state.clients) for c in range(config.clients)]
-        found = {
-            out / "models" / f"client-{c}": strategy.export(state.server, memory)
-            for c, memory in enumerate(memories)
-        }
-    for folder, own in found.items():
-        models.save(folder, prepared.fns, own)
-        if prepared.base:
-            tokens.copy(prepared.base, folder)
+        found = ((out / "models" / f"client-{c}", own(c)) for c in range(config.clients))
+    for folder, model in found:
+        if hosts.first():
+            models.save(folder, prepared.fns, model)
+            if prepared.base:
+                tokens.copy(prepared.base, folder)
     save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
@@ -39,12 +44,13 @@ def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Ca
     if strategy.adapter is None or base is None:
         return
     factors, lora_alpha = strategy.adapter(server)
+    factors = hosts.fetch(factors)
     kernels, head = models.adapter_paths(prepared.fns)
     _, trained, _ = by_role(prepared.config, prepared.task, params)
     if missing := (factors.keys() - kernels) | (trained.keys() - head):
         say(f"adapter/ is without {', '.join(sorted(missing))}: the whole result is in model/")
     kept, flat = {path: factors[path] for path in factors if path in kernels}, tree.flatten(params)
-    if kept:
+    if kept and hosts.first():
         models.save_adapter(
             path,
             prepared.fns,

@@ -5,6 +5,7 @@ policy: weights, clamp, fallback. Marks: [V] read in the source itself, [I] our 
 d rows of a block (the rank of a projected moment), n the shared axis, s the signal rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -101,6 +102,7 @@ def synchronise(
     signal_rank: int,
     joint_rank: int | None = None,
     floor: float = 1e-3,
+    each_layer: Callable = jax.vmap,
 ) -> tuple[Array, Array]:
     """Makes one second moment of the clients'.
 
@@ -116,6 +118,7 @@ def synchronise(
       signal_rank: as in `ajive`; unused by the other methods, as is `joint_rank`.
       joint_rank: as in `ajive`.
       floor: at least 0.
+      each_layer: what maps AJIVE over the layers, called as `jax.vmap(function, axis)`.
 
     Returns:
       Moments `[..., d, n]` in float32 or wider (zero if nobody takes part), and int32 joint ranks
@@ -144,7 +147,7 @@ def synchronise(
         mean = jnp.tensordot(jnp.asarray(weights, moments.dtype), moments, 1)
         if method == "mean":
             return mean, no_rank
-        shared = jax.vmap(
+        shared = each_layer(
             lambda blocks: ajive(blocks, signal_rank, joint_rank=joint_rank, weights=present), 1
         )(moments.reshape(clients, -1, d, n))
         basis, rank = shared.basis.reshape(*layers, n, signal_rank), shared.rank.reshape(layers)

@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
+import io
 import pathlib
 import platform
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedgalore_jax import defences, engine
+from fedgalore_jax import blocks, defences, engine, hosts, placement
 from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split
@@ -33,15 +33,8 @@ from fedgalore_jax.folder import (
     write_json,
     write_lines,
 )
-from fedgalore_jax.plans import BLOCK, plan
-from fedgalore_jax.prepare import (
-    Model,
-    Prepared,
-    changes,
-    describe,
-    prepare,
-    start,
-)
+from fedgalore_jax.plans import plan
+from fedgalore_jax.prepare import Model, Prepared, changes, describe, prepare
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.results import save_models
 from fedgalore_jax.types import Params
@@ -141,18 +134,23 @@ def execute(
     with contextlib.ExitStack() as held:
         out = checkpoints = None
         if config.out_dir:
-            out = held.enter_context(claim(pathlib.Path(config.out_dir), resume=config.resume))
-            remove_leftovers(out)
+            out = pathlib.Path(config.out_dir)
+            if hosts.first():
+                held.enter_context(claim(out, resume=config.resume))
+                remove_leftovers(out)
             checkpoints = held.enter_context(Checkpoints(out, config.keep_checkpoints))
         say(describe(prepared))
         loop = _Loop(prepared, out, checkpoints, say, stop)
         state, history = loop.run()
         params = prepared.machine.strategy.export(state.server)
-        if out and (out / SUMMARY).exists():
+        if hosts.several():
+            params = hosts.fetch(params)
+        if out and loop.complete:
             return Result(params, history, read_json(out / SUMMARY))
         result = Result(params, history, loop.summary(state, params, history))
         if out:
             save_models(out, prepared, state, params, say)
+        if out and hosts.first():
             draw(result)
             write_json(out / SUMMARY, result.summary)
     return result
@@ -167,7 +165,8 @@ def finished(config: Config) -> Finished | None:
     out = pathlib.Path(config.out_dir or "")
     if not config.resume:
         return None
-    refuse_used(out, resume=True)
+    if hosts.first():
+        refuse_used(out, resume=True)
     if not (out / SUMMARY).exists() or changes(config):
         return None
     return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
@@ -195,6 +194,7 @@ class _Loop:
         self.personal, self.evaluator = prepared.machine.strategy.personal, prepared.evaluator
         self.metric = prepared.task.metric
         self.best: Any = None
+        self.complete = False
 
     def run(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
         """All rounds that are left; the state to keep and the history.
@@ -204,19 +204,21 @@ class _Loop:
         config, machine = self.config, self.prepared.machine
         state, history = self.start()
         done = history[-1]["round"] if history else 0
-        progress = Progress(config.rounds, done)
+        progress = Progress(config.rounds, done, None if hosts.first() else io.StringIO())
         try:
             if not history:
                 self.write({"round": 0} | self.measure(state, self.prepared.dataset.validation), history)
-                self.best = state if config.keep == "best" else None
+                self.best = blocks.apart(state) if config.keep == "best" else None
             if done == config.rounds:
                 return self.kept(state), history
             progress.show(done, f"{self.metric} {self.latest(history):.3f}  compiling")
-            rounds_of = self.prepared.compile()
+            program, pieces = self.prepared.compile(), self.prepared.blocks
             began, pending = time.perf_counter(), None
             for rounds in self.blocks(done):
-                rows = plan(config, machine.chunk, self.prepared.federation, rounds)
-                state, metrics = rounds_of(state, machine.train, rows, len(rounds))
+                rows = plan(config, machine.chunk, self.prepared.federation, rounds, pieces.rounds)
+                if pending is not None and pieces.slots:  # its state is written over
+                    began, pending = self.read(*pending, began, history, progress), None
+                state, metrics = blocks.advance(program, machine, state, rows, len(rounds), pieces)
                 if pending is not None:
                     began = self.read(*pending, began, history, progress)
                 absent = [config.participants - np.count_nonzero(counts) for counts in rows.counts]
@@ -234,41 +236,45 @@ class _Loop:
         bit by bit what they were.
         """
         config, out = self.config, self.out
-        begin = partial(start, config, self.prepared.machine, self.prepared.params)
+        state = blocks.start(config, self.prepared.machine, self.prepared.params, self.prepared.blocks)
         if out is None or self.checkpoints is None:
-            return begin(), []
-        history, changed = read_lines(out / METRICS), changes(config)
+            return state, []
+        history, changed, like = read_lines(out / METRICS), changes(config), abstract(state)
 
         def saved(rounds):
-            like, best = abstract(begin()), self.best_of(history[: rounds + 1])["round"]
+            best = self.best_of(history[: rounds + 1])["round"]
             return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
 
-        found = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
-        if (out / SUMMARY).exists() and not changed and (found is None or found[0] < config.rounds):
+        self.complete = (out / SUMMARY).exists() and not changed
+        rounds = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
+        if self.complete and rounds < config.rounds:
             raise FileExistsError(
                 f"out_dir={config.out_dir!r} is complete, but the checkpoint of its last round is gone:"
                 " what it learned is in its model/ (or models/)"
             )
-        if changed:
-            (out / SUMMARY).unlink(missing_ok=True)
-        write_json(out / CONFIG, dataclasses.asdict(config))
-        if found is None:
+        done = history[: rounds + 1] if rounds else []
+        hosts.meet("the folder was read")
+        if hosts.first():
+            if changed:
+                (out / SUMMARY).unlink(missing_ok=True)
+            write_json(out / CONFIG, dataclasses.asdict(config))
+            write_lines(out / METRICS, done)
+        if not rounds:
             if history:
                 self.say("no checkpoint can be used: starting again at round 0")
-            write_lines(out / METRICS, [])
-            return begin(), []
-        rounds, tree = found
+            return state, []
+        del state  # there may not be room for two
         self.say(f"going on from the checkpoint of round {rounds}")
-        write_lines(out / METRICS, history[: rounds + 1])
+        tree = self.checkpoints.restore(rounds, saved(rounds))
         self.best = tree.get("best", tree["state"]) if config.keep == "best" else None
-        return tree["state"], history[: rounds + 1]
+        return tree["state"], done
 
     def blocks(self, done: int) -> Iterator[range]:
-        """The rounds left, cut into calls: up to the next evaluation or checkpoint, `BLOCK` at most."""
+        """The rounds left, cut into calls, which end at an evaluation or a checkpoint at the latest."""
         t, total = done, self.config.rounds
         while t < total:
             ends = (t - t % n + n for n in (self.config.eval_every, self.config.checkpoint_every) if n)
-            stop = min(*ends, t + BLOCK, total)
+            stop = min(*ends, t + self.prepared.blocks.rounds, total)
             yield range(t, stop)
             t = stop
 
@@ -285,7 +291,7 @@ class _Loop:
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.dataset.validation)
                 if record[self.metric] > self.best_of(history)[self.metric]:
-                    self.best = state if self.config.keep == "best" else None
+                    self.best = blocks.apart(state) if self.config.keep == "best" else None
             if not np.isfinite(record.get("loss", 0)):
                 raise FloatingPointError(
                     f"loss is {record['loss']} in round {t + 1}: lower --lr, set --clip, or, where clients"
@@ -303,15 +309,16 @@ class _Loop:
             loss = record.get("train_loss", float("nan"))
             text = f"loss {loss:.4f}  {self.metric} {self.latest(history):.3f}"
             progress.show(t + 1, f"{text}  {human(wire.up)} up a client")
-        self.checkpoint(rounds.stop, state)
+        self.checkpoint(rounds.stop, state, history)
         return now
 
-    def checkpoint(self, done: int, state: engine.RunState) -> None:
+    def checkpoint(self, done: int, state: engine.RunState, history: list) -> None:
         """Saves the state after `done` rounds where that is due, and ends the run where it is told to."""
-        every, told = self.config.checkpoint_every, self.stop()
+        every, told = self.config.checkpoint_every, hosts.anywhere(self.stop())
         due = every and (done % every == 0 or done == self.config.rounds)
         if self.checkpoints and (due or told):
-            best = {} if self.best is None or self.best is state else {"best": self.best}
+            other = self.best is not None and self.best_of(history)["round"] != done
+            best = {"best": self.best} if other else {}
             self.checkpoints.save(done, {"state": state} | best)
         if told:
             if self.checkpoints:
@@ -346,7 +353,7 @@ class _Loop:
     def write(self, record: dict[str, Any], history: list) -> None:
         """Keeps a record, and appends its line."""
         history.append(record)
-        if self.out:
+        if self.out and hosts.first():
             append_line(self.out / METRICS, record)
 
     def summary(self, state: engine.RunState, params: Params, history: list) -> dict[str, Any]:
@@ -381,7 +388,7 @@ class _Loop:
             "catch_up_bytes_per_missed_round": wire.catch_up,
             "gradients_per_step": wire.gradients,
             "seconds_per_round": float(np.median([record["seconds"] for record in history[1:]])),
-            "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+            "device": f"{jax.devices()[0].device_kind} x {placement.size(self.prepared.machine.mesh)}",
             "versions": {"python": platform.python_version()}
             | {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
         }

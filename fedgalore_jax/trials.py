@@ -26,7 +26,7 @@ def trials(config: Config) -> Callable[[float, int], Prepared]:
     def trial(lr: float, seed: int) -> Prepared:
         own = dataclasses.replace(shared.config, lr=lr, seed=seed)
         federation = federate(own, shared.dataset)
-        _, params = load_model(own, shared.task, shared.dataset)
+        _, params = load_model(own, shared.task, shared.dataset, shared.machine.mesh)
         return shared._replace(
             config=own,
             federation=federation,

@@ -10,7 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"types"},
-    {"tree", "adapters", "lowrank", "config", "progress", "folder"},
+    {"tree", "adapters", "lowrank", "config", "progress", "folder", "hosts"},
+    {"placement"},
     {
         "galore",
         "shared_signal",
@@ -25,6 +26,7 @@ FLOORS = [
     {"strategies", "tasks", "plans"},
     {"client", "aggregators"},
     {"engine", "evaluation", "defences"},
+    {"blocks"},
     {"prepare"},
     {"results"},
     {"train", "saved", "trials"},

@@ -424,16 +424,16 @@ def test_any_damage_is_seen(tmp_path, capfd):
             for damaged in (None, b"", content[:middle], flipped):
                 path.unlink() if damaged is None else path.write_bytes(damaged)
                 with pytest.raises(OSError, match=r"is damaged|is missing"):
-                    checkpoints.restore(2, like)
+                    checkpoints.check(2, like)
                 path.write_bytes(content)
         equal(checkpoints.restore(2, like), tree(2))
         said = []
         (last / "arrays" / "_METADATA").unlink()
-        rounds, found = checkpoints.newest(lambda rounds: like, 9, said.append)
-        assert rounds == 1 and said == ["the checkpoint of round 2 cannot be used: _METADATA is missing"]
-        equal(found, tree(1))
+        assert checkpoints.newest(lambda rounds: like, 9, said.append) == 1
+        assert said == ["the checkpoint of round 2 cannot be used: _METADATA is missing"]
+        equal(checkpoints.restore(1, like), tree(1))
         assert checkpoints.rounds() == [1]
-        assert checkpoints.newest(lambda rounds: like, 0, said.append) is None and checkpoints.rounds() == []
+        assert checkpoints.newest(lambda rounds: like, 0, said.append) == 0 and checkpoints.rounds() == []
     assert capfd.readouterr() == ("", "")
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedgalore_jax.blocks import start
 from fedgalore_jax.config import Config
 from fedgalore_jax.plans import plan
-from fedgalore_jax.prepare import prepare, start
+from fedgalore_jax.prepare import prepare
 
 FAULTY = (2, 5, 8)
 KINDS = ("honest", "nan", "1e30", "zeros", "flipped")

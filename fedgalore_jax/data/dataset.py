@@ -47,6 +47,11 @@ class Split(NamedTuple):
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Inputs and labels in one dict."""
+        return self.inputs | {"labels": self.labels}
+
     def take(self, rows: np.ndarray) -> "Split":
         """The samples of those rows."""
         return Split({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])

@@ -21,6 +21,7 @@ class Plan(NamedTuple):
       samples: `[R, C, K, B]` int32, rows of the training set.
       weight: `[R, C, B]` float32, 0 for the padding of a client that has fewer samples than B.
       counts: `[R, C]` int32, samples of each client; 0 for padding, and for one that sends nothing.
+      slots: `[R, C]` int32, where the memory of each client is: at its id.
       steps: `[R, C]` int32, local steps that each client gets to; None where all do K.
     """
 
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
     samples: np.ndarray
     weight: np.ndarray
     counts: np.ndarray
+    slots: np.ndarray
     steps: np.ndarray | None = None
 
 
@@ -66,6 +68,7 @@ class FederatedData(NamedTuple):
             np.zeros((*shape, steps, batch_size), np.int32),
             np.zeros((*shape, batch_size), np.float32),
             np.zeros(shape, np.int32),
+            np.full(shape, len(self.parts), np.int32),
         )
         for r, t in enumerate(rounds):
             plan.ids[r, :cohort] = self.cohort(t, cohort)
@@ -74,6 +77,7 @@ class FederatedData(NamedTuple):
                 plan.samples[r, c, :, :size] = self.batches(t, client, steps, size)
                 plan.weight[r, c, :size] = 1
                 plan.counts[r, c] = len(self.parts[client])
+        plan.slots[:] = plan.ids
         return plan
 
     def cohort(self, t: int, size: int) -> np.ndarray:

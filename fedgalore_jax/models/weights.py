@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fedgalore_jax import tree
+from fedgalore_jax import placement, tree
 from fedgalore_jax.models import configs, tensors
 from fedgalore_jax.models.functional import ModelFns, Transform
 from fedgalore_jax.models.tensors import Tensor
@@ -98,7 +98,7 @@ def load(
         )
 
     def place(leaf: str, x: Any) -> Array:
-        return jax.device_put(x, shardings and shardings(leaf, x.shape))
+        return placement.put(x, shardings and shardings(leaf, x.shape))
 
     shapes, rows = _shapes(fns), {}
     for name, slot in slots.items():

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedgalore_jax import tree
+from fedgalore_jax import placement, tree
 from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import in_subspace
 from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
@@ -213,6 +213,7 @@ def fedgalore(
                 signal_rank=o.signal_rank,
                 joint_rank=o.joint_rank,
                 floor=o.floor,
+                each_layer=placement.each_layer,
             )
             nu |= dict(zip(paths, space.left(synced), strict=True))
             if sync == "ajive":

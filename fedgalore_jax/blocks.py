@@ -1,0 +1,175 @@
+"""Blocks of rounds, each one call of a run's program: its plan, and what travels to the devices and back.
+
+The training set is on the devices. With several processes each block's samples travel instead, only to the
+devices that train their client.
+
+Memories of clients stay on the devices while all of them fit. Where they do not, they are NumPy arrays on the
+host, and the clients of a block have theirs in *slots* on the devices, whose memory does not depend on N.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedgalore_jax import engine, hosts, placement, tree
+from fedgalore_jax.config import Config
+from fedgalore_jax.data import FederatedData, Plan
+from fedgalore_jax.types import Array, Batch, Params, Tree
+
+ROUNDS = 50
+"""Most rounds of a block."""
+RESIDENT = 1 << 30
+"""Bytes of clients' memories that the devices keep, and of what travels with a block."""
+AT_A_TIME = 64
+"""Clients whose first memories are made together."""
+
+
+class Blocks(NamedTuple):
+    """How a run's rounds are cut into calls.
+
+    Attributes:
+      rounds: most of a block, the rows of every plan.
+      slots: of clients' memories on the devices; None where all N are there.
+      samples: of each client that travel with a block; None where the training set is on the devices.
+    """
+
+    rounds: int
+    slots: int | None
+    samples: int | None
+
+    def on_devices(self, memories: Tree) -> Tree:
+        """Shapes of the memories there, given those of all clients."""
+        if self.slots is None:
+            return memories
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.slots, *x.shape[1:]), x.dtype), memories)
+
+
+def cut(config: Config, machine: engine.Engine, federation: FederatedData, memories: Tree) -> Blocks:
+    """Cuts a run: a block is not longer than what travels with it fits.
+
+    Args:
+      config: of the run.
+      machine: its engine.
+      federation: whose samples are whose.
+      memories: shapes of all clients' memories, rows `[N, ...]`.
+    """
+    rounds, samples, slots = min(config.eval_every, ROUNDS, config.rounds), None, None
+    if machine.streams:
+        samples = min(config.local_steps * config.batch_size, max(map(len, federation.parts)))
+        sample = tree.nbytes(jax.tree.map(lambda x: x[0], machine.train))
+        rounds = max(1, min(rounds, RESIDENT // (config.participants * samples * sample)))
+    if (needed := tree.nbytes(memories)) > RESIDENT:
+        one, shares = needed // config.clients, placement.shares(machine.mesh)
+        fewer = max(1, min(rounds, RESIDENT // (config.participants * one)))
+        needed = -(-config.participants * fewer // shares) * shares
+        if needed < config.clients:
+            rounds, slots = fewer, needed
+    return Blocks(rounds, slots, samples)
+
+
+def chunk(config: Config, shares: int) -> int:
+    """Clients trained at a time, so many on each share of a mesh; empty ones fill it up.
+
+    Raises:
+      ValueError: `chunk` does not divide into shares.
+    """
+    if config.chunk and config.chunk % shares:
+        raise ValueError(
+            f"chunk={config.chunk} is not usable with mesh={config.mesh!r}: give a multiple of {shares}"
+        )
+    whole = min(config.chunk or config.participants, config.participants)
+    return -(-whole // shares) * shares
+
+
+def start(
+    config: Config, machine: engine.Engine, params: Params, blocks: Blocks | None = None
+) -> engine.RunState:
+    """The state before round 0; with slots its `clients` are NumPy arrays."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    here = blocks is None or blocks.slots is None
+    state = engine.init(machine.strategy, params, key, config.clients, machine.mesh, remember=here)
+    return state if here else state._replace(clients=on_host(machine, params, config.clients))
+
+
+def on_host(machine: engine.Engine, params: Params, clients: int) -> Tree:
+    """The first memories of all clients, rows `[N, ...]` of NumPy arrays."""
+    make = jax.jit(partial(engine.memories, machine.strategy))
+    shapes = jax.eval_shape(make, params, jnp.arange(AT_A_TIME))
+    store = jax.tree.map(lambda x: np.empty((clients, *x.shape[1:]), x.dtype), shapes)
+    for first in range(0, clients, AT_A_TIME):
+        ids = np.arange(first, first + AT_A_TIME, dtype=np.int32)
+        keep(store, ids[ids < clients], make(params, ids))
+    return store
+
+
+def keep(store: Tree, ids: np.ndarray, rows: Tree) -> None:
+    """Writes clients' rows, of which there may be more, into a store."""
+
+    def write(kept, new):
+        kept[ids] = np.asarray(new)[: len(ids)]
+
+    jax.tree.map(write, store, rows)
+
+
+def slotted(plan: Plan, clients: int) -> tuple[np.ndarray, Plan]:
+    """The clients of a plan, one slot each, and the plan with their slots."""
+    ids = np.unique(plan.ids)
+    ids = ids[ids < clients]
+    return ids, plan._replace(slots=np.searchsorted(ids, plan.ids).astype(np.int32))
+
+
+def advance(
+    program: Any, machine: engine.Engine, state: engine.RunState, plan: Plan, count: int, blocks: Blocks
+) -> tuple[engine.RunState, dict[str, Array]]:
+    """Runs a block. What the host keeps of `state` is written in place: it is the new state's, too.
+
+    Args:
+      program: of the run, see `Engine.rounds`.
+      machine: its engine.
+      state: before the block.
+      plan: of the block.
+      count: its rounds.
+      blocks: how the run is cut.
+    """
+    train, plan = load(machine, plan, blocks)
+    if blocks.slots is None:
+        return program(state, train, plan, count)
+    store = state.clients
+    ids, plan = slotted(plan, machine.num_clients)
+    rows = np.resize(ids, blocks.slots)
+    lent = jax.tree.map(lambda x: x[rows], store)
+    if machine.mesh is not None:
+        places = engine.shardings(machine.strategy, state._replace(clients=lent), machine.mesh)
+        lent = jax.tree.map(placement.put, lent, places.clients)
+    state, metrics = program(state._replace(clients=lent), train, plan, count)
+    keep(store, ids, hosts.fetch(state.clients))
+    return state._replace(clients=store), metrics
+
+
+def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Plan]:
+    """The training data of a block on the devices, and the plan with the rows that its samples have there."""
+    if blocks.samples is None or machine.mesh is None:
+        return machine.train, plan
+    rounds, clients, *batches = plan.samples.shape
+    rows, samples = np.zeros((rounds, clients, blocks.samples), np.int32), np.zeros_like(plan.samples)
+    for r, c in np.ndindex(rounds, clients):
+        own, place = np.unique(plan.samples[r, c], return_inverse=True)
+        rows[r, c, : len(own)], samples[r, c] = own, place.reshape(batches)
+    rows = rows.reshape(rounds, -1, machine.chunk, blocks.samples)
+    where = placement.of_cohort(machine.mesh)
+
+    def spread(x) -> Array:
+        def share(index: Any) -> np.ndarray:
+            return x[rows[index[:3]]]
+
+        return jax.make_array_from_callback((*rows.shape, *x.shape[1:]), where, share)
+
+    return {name: spread(x) for name, x in machine.train.items()}, plan._replace(samples=samples)
+
+
+def apart(state: engine.RunState) -> engine.RunState:
+    """The state as it is now, whatever becomes of what the host keeps."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, state)

@@ -1,0 +1,58 @@
+"""What travels with a block of rounds: memories of clients that the host keeps."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from problem import B, K, N, assert_close, federation, params, plan, setup
+
+from fedgalore_jax import blocks, tree
+from fedgalore_jax.blocks import Blocks
+from fedgalore_jax.config import Config
+
+COHORT = 2
+
+
+@pytest.fixture(scope="module")
+def scaffold():
+    return setup("scaffold", chunk=COHORT)
+
+
+def test_memories_on_the_host_are_the_same(scaffold):
+    """With a slot more than there are clients, as a mesh may need."""
+    machine, rounds, whole = scaffold
+    store = blocks.on_host(machine, params(), N)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(store))
+    assert_close(store, whole.clients, 0)
+    state = whole._replace(clients=store)
+    for t in range(4):
+        rows = plan(range(t, t + 1), COHORT, COHORT)
+        whole, wanted = blocks.advance(rounds, machine, whole, rows, 1, Blocks(1, None, None))
+        state, metrics = blocks.advance(rounds, machine, state, rows, 1, Blocks(1, COHORT + 1, None))
+        assert state.clients is store
+        assert_close((state, metrics), (whole, wanted), 0)
+    assert sorted(state.last.tolist()) == [-1, 1, 2, 3, 3]  # some came back, and one never came
+
+
+def test_a_state_apart_stays_as_it_is(scaffold):
+    machine, rounds, state = scaffold
+    state = state._replace(clients=blocks.on_host(machine, params(), N))
+    kept, before = blocks.apart(state), jax.tree.map(np.copy, state.clients)
+    state, _ = blocks.advance(
+        rounds, machine, state, plan(range(1), COHORT, COHORT), 1, Blocks(1, COHORT + 1, None)
+    )
+    assert_close(kept.clients, before, 0)
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (state.clients, before)), strict=True))
+
+
+def test_a_block_is_cut_to_what_fits(scaffold, monkeypatch):
+    machine, _, state = scaffold
+    config = Config(clients=N, cohort=COHORT, rounds=40, eval_every=20, local_steps=K, batch_size=B)
+    shapes = jax.eval_shape(lambda: state.clients)
+    one = tree.nbytes(shapes) // N
+    for room, wanted in ((N, (20, None)), (N - 1, (2, 4)), (3, (1, 2)), (0, (1, 2))):
+        monkeypatch.setattr(blocks, "RESIDENT", room * one)
+        assert blocks.cut(config, machine, federation(), shapes) == Blocks(*wanted, None), room
+    everyone = dataclasses.replace(config, cohort=N)
+    assert blocks.cut(everyone, machine, federation(), shapes) == Blocks(20, None, None)

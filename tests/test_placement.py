@@ -1,0 +1,103 @@
+"""One run on one device, on meshes of eight, and where its arrays lie there."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import spread
+import tiny_llama
+import tiny_vit
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from fedgalore_jax import blocks, placement, tree
+from fedgalore_jax.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESH = AbstractMesh((2, 4), placement.AXES)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What a process with eight devices learned."""
+    out = tmp_path_factory.mktemp("spread") / "out.npz"
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(ROOT / "tests" / "spread.py"), str(out)]
+    env = os.environ | settings | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(out))
+
+
+@pytest.mark.parametrize("name", spread.CASES)
+def test_eight_devices_are_as_good_as_one(eight, name):
+    wide = spread.CASES[name][-1]
+    with jax.enable_x64(wide):
+        arrays, _, _ = spread.run(name)
+    for path, x in arrays.items():
+        found = eight[f"{name}|{path}"]
+        assert found.dtype == x.dtype, path
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-10 if wide else 1e-5, err_msg=path)
+
+
+def test_weights_stay_apart(eight):
+    """Each device holds its share of a kernel, and no device makes one whole in a round."""
+    assert tuple(eight["rows of clients|share"]) == (3, 20, 12)
+    assert tuple(eight["rows and weights|share"]) == (3, 10, 12)
+    assert tuple(eight["memories|share"]) == (3, 10, 12)
+    flat = tree.flatten(tiny_vit.model()[1])
+    kernels = [x.shape for path, x in flat.items() if re.match("layers/.*kernel", path)]
+    spread_out = {spread.sizes(shape) for shape in [*kernels, *(shape[1:] for shape in kernels)]}
+    spread_out -= {spread.sizes(flat["embeddings/projection/kernel"].shape)}  # is whole anyway
+    assert spread_out == {"12,12,3", "12,20", "12,20,3"}
+    for name in spread.CASES:
+        assert not spread_out & set(eight[f"{name}|gathered"]), name
+
+
+def test_every_family_has_its_weights_spread():
+    def axes(model):
+        _, params = model
+        flat = tree.flatten(params)
+        return {path: placement.weight(MESH, path, x.shape).spec for path, x in flat.items()}
+
+    llama = axes(tiny_llama.model())
+    assert llama["layers/attention/query/kernel"] == llama["layers/mlp/gate/kernel"] == P(None, None, "model")
+    assert llama["layers/attention/output/kernel"] == llama["layers/mlp/down/kernel"] == P(None, "model")
+    assert llama["layers/mlp/up/bias"] == P(None, "model")
+    for path in ("layers/input_layernorm/scale", "layers/attention/output/bias"):
+        assert llama[path] == P()
+    assert llama["lm_head/kernel"] == llama["embeddings/embed_tokens"] == P()  # 61 words on four devices
+    for config in (tiny_vit.CONFIG, tiny_vit.BERT, tiny_vit.ROBERTA):
+        found = axes(tiny_vit.model(config))
+        assert (
+            found["layers/attention/value/kernel"]
+            == found["layers/intermediate/kernel"]
+            == P(None, None, "model")
+        )
+        assert found["layers/attention/output/kernel"] == found["layers/output/kernel"] == P(None, "model")
+        assert all(spec == P() for path, spec in found.items() if not path.startswith("layers/"))
+    assert placement.weight(MESH, "embeddings/word_embeddings", (32, 12)).spec == P("model")
+
+
+@pytest.mark.parametrize("mesh", ["8", "0x1", "8x", "-1x1", "8x1x1", "axb"])
+def test_a_mesh_has_two_axes(mesh):
+    with pytest.raises(ValueError, match=f"mesh={mesh!r} is not usable: give two numbers"):
+        Config(mesh=mesh)
+
+
+def test_a_mesh_needs_its_devices():
+    with pytest.raises(ValueError, match=r"mesh='9x3' is of 27 devices, and there are 1: give a smaller one"):
+        placement.mesh("9x3")
+
+
+def test_every_device_trains_as_many_clients():
+    assert [
+        blocks.chunk(Config(clients=10, cohort=c, chunk=k), 4) for c, k in ((None, None), (3, None), (9, 4))
+    ] == [12, 4, 4]
+    with pytest.raises(ValueError, match=r"chunk=6 is not usable with mesh='4x1': give a multiple of 4"):
+        blocks.chunk(Config(chunk=6, mesh="4x1"), 4)
