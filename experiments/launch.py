@@ -38,24 +38,31 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def guarded(program: Callable[[], None]) -> None:
-    """Runs a program. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130."""
+    """Runs a program. Bad input is one line on stderr and exit status 2; Ctrl-C gives 130.
+
+    Of several processes, one that fails does not wait for the others, which then fail too.
+    """
     try:
         program()
     except KeyboardInterrupt as interrupt:
-        _stop(f"interrupted; every file and every line that was written is whole{interrupt}", 130)
+        _stop(f"interrupted; every file and every line that was written is whole{interrupt}", 130, alone=True)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
-        _stop(str(error), 2)
+        _stop(str(error), 2, alone=True)
     except MemoryError as error:
-        _stop(f"out of memory ({error}): lower --batch_size or --local_steps, or set --chunk", 2)
+        _stop(f"out of memory ({error}): lower --batch_size or --local_steps, or set --chunk", 2, alone=True)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _stop(f"out of device memory ({error}): lower --batch_size or set --chunk", 2)
+        _stop(f"out of device memory ({error}): lower --batch_size or set --chunk", 2, alone=True)
 
 
-def _stop(line: str, status: int) -> None:
+def _stop(line: str, status: int, *, alone: bool = False) -> None:
     sys.stdout.flush()
     print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    if alone and "jax" in sys.modules:
+        from fedgalore_jax import hosts
+
+        hosts.leave(status)
     sys.exit(status)
 
 
@@ -81,6 +88,7 @@ def _main(argv: list[str]) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)
+    _join(values)
 
     from fedgalore_jax.train import Preempted
 
@@ -93,6 +101,19 @@ def _main(argv: list[str]) -> None:
         raise KeyboardInterrupt(f"; {hint}" if any(out.glob("**/digests.json")) else "") from None
     except Preempted as error:
         _stop(f"{error}; {hint}", os.EX_TEMPFAIL)
+
+
+def _join(values: flags.FlagValues) -> None:
+    """Joins the other processes, where there are any; but for the first they say nothing."""
+    from fedgalore_jax import hosts
+
+    address = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    if values.distributed:
+        hosts.join(*address.values())
+        if not hosts.first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+    elif given := [name for name, value in address.items() if value is not None]:
+        raise ValueError(f"{given[0]}={address[given[0]]!r} has no effect: give --distributed too")
 
 
 @contextlib.contextmanager
@@ -109,14 +130,14 @@ def _terminated() -> Iterator[Callable[[], bool]]:
 def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> None:
     """Runs one config or compares several; with `--resume`, what is left of them."""
     from experiments import report
-    from fedgalore_jax import prepare, train
+    from fedgalore_jax import hosts, prepare, train
     from fedgalore_jax.data.partition import counts
     from fedgalore_jax.folder import CONFIG, SUMMARY, claim, refuse_used
 
     several, resume = len(runs) > 1, runs[0].resume
     if several and (out / CONFIG).exists():
         raise ValueError(f"out_dir={str(out)!r} is in use by a run of one method: choose a new folder")
-    if several and not resume:
+    if several and not resume and hosts.first():
         refuse_used(out)
     found = [train.finished(config) for config in runs]
     if all(found) and (out / SUMMARY).exists():
@@ -137,12 +158,12 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
             raise train.Preempted(f"told to end, before {prepared.config.method}")
         return train.execute(prepared, stop=stop, draw=draw)
 
-    with claim(out, resume=resume) if several else contextlib.nullcontext():
+    with claim(out, resume=resume) if several and hosts.first() else contextlib.nullcontext():
         results = []
         for config, done, prepared in zip(runs, found, ready, strict=True):
             results.append(train_one(prepared) if prepared else done)
             print(report.result_line(results[-1], pathlib.Path(str(config.out_dir))))
-        if several:
+        if several and hosts.first():
             report.compare(out, results)
 
 
