@@ -7,6 +7,7 @@ launcher's. Ctrl-C and SIGTERM are passed on.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import signal
@@ -49,7 +50,12 @@ def start(flags: Sequence[str], processes: int, devices: int) -> list[Process]:
 
 
 def wait(started: list[Process], grace: Callable[[], float]) -> int:
-    """Waits for all; the exit status of the first that failed, once the others have ended too."""
+    """Waits for all; the exit status of the one that failed first, once the others have ended too.
+
+    Args:
+      started: the processes.
+      grace: seconds that the others get then, before they are killed.
+    """
     failed: Process | None = None
     while failed is None and any(process.handle.poll() is None for process in started):
         time.sleep(0.05)
@@ -61,13 +67,13 @@ def wait(started: list[Process], grace: Callable[[], float]) -> int:
         except subprocess.TimeoutExpired:
             process.handle.kill()
             process.handle.wait()
-    if failed is None:
-        return 0
-    if failed.log:
-        failed.log.seek(0)
-        sys.stderr.write(failed.log.read().decode(errors="replace"))
-    status = failed.handle.returncode
-    return status if status > 0 else 128 - status
+    status = failed.handle.returncode if failed else 0
+    for process in started:
+        with process.log or contextlib.nullcontext() as log:
+            if log and process is failed and status != started[0].handle.returncode:
+                log.seek(0)
+                sys.stderr.write(log.read().decode(errors="replace"))
+    return status if status >= 0 else 128 - status
 
 
 def main() -> None:

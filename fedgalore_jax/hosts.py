@@ -44,6 +44,13 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             f"cannot join other processes ({error}): start one on every host, and outside of TPU pods and"
             " SLURM give each --coordinator, --num_processes and --process_id"
         ) from None
+    said = sys.excepthook
+
+    def end(*error: Any) -> None:
+        said(*error)
+        leave(1)
+
+    sys.excepthook = end
 
 
 def several() -> bool:
