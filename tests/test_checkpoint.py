@@ -253,6 +253,19 @@ def test_a_changed_config_is_refused(flags, prepared, copy, capsys):
     assert before == contents(copy)
 
 
+def test_privacy_cannot_change_on_the_way(prepared, copy):
+    """Epsilon is composed of all rounds alike; more of them are no other promise for each."""
+    on = dataclasses.replace(prepared.config, out_dir=str(copy), resume=True, override=True)
+    noisy = {"dp_clip": 1.0, "dp_noise": 1.0}
+    for other, named in ((noisy, "dp_clip, dp_noise"), (noisy | {"cohort": 1}, "dp_clip, dp_noise, cohort")):
+        with pytest.raises(ValueError, match=f"cannot go on with other {named}: epsilon"):
+            prepare.changes(dataclasses.replace(on, **other))
+    config = folder.read_json(copy / "config.json")
+    folder.write_json(copy / "config.json", config | noisy)
+    longer = dataclasses.replace(on, rounds=99, **noisy)
+    assert prepare.changes(longer) == {"rounds": (config["rounds"], 99)}
+
+
 def test_a_complete_run_can_be_made_longer(prepared, whole, tmp_path):
     out = tmp_path / "out"
     execute(prepared, out, rounds=8)

@@ -79,6 +79,7 @@ def sound(draw):
         "schedule": draw(st.sampled_from(("constant", "cosine"))),
         "weight_decay": draw(st.sampled_from((0.0, 0.01))) if method != "ssf" else 0.0,
         "client_dropout": draw(st.sampled_from((0.0, 0.4))),
+        "mesh": draw(st.none() | st.just("1x1")),  # of the one device that tests have
         "seed": draw(st.integers(0, 3)),
     }
     if method not in OWN and taking_part > 2:
@@ -129,6 +130,7 @@ BAD = {
     "trim": [0.5],
     "dp_clip": [0.0],
     "dp_noise": [-1.0],
+    "mesh": ["0x1", "2", "9x9"],
     "opt": [{"nonsense": 1}, {"rank": 1.5}, {"roles": 1}],
 }
 """Values that cannot be meant, whatever the others are."""
