@@ -15,6 +15,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -190,7 +191,11 @@ def _written(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(50):  # Orbax's other threads may be at work in there for a while
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
+            time.sleep(0.1)
         known = isinstance(error, OSError) and error.strerror
         reason = known or str(error).partition("\n")[0].rpartition(": ")[2]  # TensorStore names files first
         raise OSError(
