@@ -234,7 +234,8 @@ class Engine(NamedTuple):
         sent = tree.nbytes(strategy.catch_up(download)) / strategy.wire_of
         if not relayed + sent:
             return {}
-        model = tree.nbytes(jax.eval_shape(strategy.export, state.server))
+        # A float: that of a large model is past 32 bits.
+        model = float(tree.nbytes(jax.eval_shape(strategy.export, state.server)))
         rounds = download.round - 1 - state.last.take(ids, mode="clip")
         if strategy.catch_up_once:
             rounds = jnp.minimum(rounds, 1)

@@ -23,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments import flags as our_flags
 from experiments import report
 from experiments.launch import main
-from fedgalore_jax import checkpoint, folder, models, prepare, strategies, train
+from fedgalore_jax import blocks, checkpoint, folder, models, prepare, strategies, train
 from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
 from fedgalore_jax.models import configs, vit
 
@@ -172,6 +172,27 @@ def test_what_was_told_to_end_goes_on(prepared, whole, copy, capfd):
     same(copy, whole)
     out, error = capfd.readouterr()
     assert out == "" and all(line.startswith("round ") for line in error.splitlines())
+
+
+def test_memories_on_the_host_go_on(prepared, tmp_path, monkeypatch):
+    """A checkpoint is written while they change, and the best state has others than the last."""
+    monkeypatch.setattr(blocks, "RESIDENT", 0)
+    changed = {"clients": 8, "cohort": 2, "rounds": 5, "eval_every": 1, "checkpoint_every": 2}
+    ready = prepare.prepare(dataclasses.replace(prepared.config, **changed))
+    assert ready.blocks.slots == 2
+    execute(ready, tmp_path / "whole")
+    asked = iter(range(9))
+
+    def interrupted():
+        if next(asked) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(ready, tmp_path / "out", stop=interrupted)
+    said, _ = execute(ready, tmp_path / "out", resume=True)
+    assert said == ["going on from the checkpoint of round 2"]
+    same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_rounds_after_the_checkpoint_are_written_once(prepared, whole, copy):

@@ -378,6 +378,12 @@ def test_one_client_alone_is_plain_local_training():
     assert_close(got, trained, 1e-5)
 
 
+def test_empty_clients_send_nothing():
+    """They fill up a chunk; what is relayed to every client comes from the others."""
+    wires = [setup("flora", chunk=c)[0].wire(setup("flora")[2], plan(range(1), 3, c)) for c in (3, 2)]
+    assert wires[0] == wires[1] and wires[0].down > 3 * LORA
+
+
 def test_unknown_names_and_options_list_the_accepted_ones():
     with pytest.raises(ValueError, match=r"unknown method 'fedsgd': choose from .*fedavg, .*fedgalore"):
         strategies.build("fedsgd", lr=1.0)

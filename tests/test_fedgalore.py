@@ -255,3 +255,12 @@ def test_rank_that_is_no_subspace():
     strategy = build("fedgalore", **(OPTIONS | {"rank": m}))
     with pytest.raises(ValueError, match="rank=6 is no subspace of the left side of layers/kernel"):
         strategy.init(params(), jax.random.key(0), N)
+
+
+def test_bytes_of_a_large_model_fit():
+    """One of 16 GB, which is traced alone."""
+    machine, _, state = setup("fedgalore")
+    large = machine.strategy._replace(export=lambda state: {"kernel": jnp.zeros((1 << 16, 1 << 16))})
+    one = jax.tree.map(lambda x: x[0], plan(range(1)))
+    _, metrics = jax.eval_shape(machine._replace(strategy=large).round, state, machine.train, one)
+    assert metrics["bytes_catch_up"].shape == ()
