@@ -11,7 +11,6 @@ and temporaries. PyTorch trains two of the eight clients, one after the other, a
 import argparse
 import functools
 import os
-import statistics
 import time
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from experiments.bench.peers import PEERS
 from experiments.bench.round import BATCH, LENGTH, SHAPES, Server, build
 from fedgalore_jax import adapters, engine
 from fedgalore_jax.models import layers
-from fedgalore_jax.shared_signal import synchronise
 from fedgalore_jax.types import Adapted
 
 STEPS, MEASURED, CLIENTS = 10, 2, 8
@@ -109,17 +107,6 @@ def compiled(row: Row) -> Any:
     return finish, (state, machine.train, plan, 1)
 
 
-def seconds(call: Any, repeats: int) -> float:
-    """The median of so many calls after a first one."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> dict[Row, float]:
     """Prints our rows, timed once `others` too are ready; gives their seconds."""
     print(f"\n{'':34}{'clients':>8}{'s/round':>9}{'TFLOP/s':>9}{'GiB':>7}{'compile s':>11}", flush=True)
@@ -131,7 +118,7 @@ def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> 
     for row, job, args in jobs:
         program, compiling = job.result()
         memory = program.memory_analysis()
-        took[row] = seconds(lambda program=program, args=args: program(*args), repeats)
+        took[row] = shared_signal.seconds(program, *args, repeats=repeats)
         total = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30
         print(
             f"{row.shape + ' ' + row.variant:34}{row.clients:8}{took[row]:9.3f}"
@@ -143,15 +130,9 @@ def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> 
 
 def server(repeats: int) -> None:
     """Prints the server's synchronisation of a RoBERTa-base's second moments."""
-    clients, rank, signal_rank, groups = shared_signal.MODELS["RoBERTa-base"]
-    stacks = shared_signal.moments(clients, rank, groups, jax.random.key(0))
-    weights = jnp.full(clients, 1 / clients)
-
-    @jax.jit
-    def run():
-        return [synchronise(x, weights, method="ajive", signal_rank=signal_rank) for x in stacks]
-
-    print(f"\nAJIVE of 72 kernels' moments, 8 clients: {1e3 * seconds(run, repeats):.1f} ms", flush=True)
+    run, args = shared_signal.server("RoBERTa-base", "ajive")
+    took = shared_signal.seconds(run, *args, repeats=repeats)
+    print(f"\nAJIVE of 72 kernels' moments, 8 clients: {1e3 * took:.1f} ms", flush=True)
 
 
 def peers(servers: dict[tuple[str, str], futures.Future], took: dict[Row, float]) -> None:

@@ -9,12 +9,12 @@ growth, 0 is none. The population is who could be drawn; the cohort stays eight.
 
 import argparse
 import pathlib
-import statistics
 import time
 
 import jax
 import numpy as np
 
+from experiments.bench.galore import medians
 from experiments.bench.round import SHAPES, build
 from experiments.report import save_curves
 from fedgalore_jax import engine
@@ -34,20 +34,12 @@ def program(axis: str, value: int):
     machine, state, plan = build(SHAPES[SHAPE], VARIANT, value if axis == "local steps" else STEPS, **sizes)
     args = (state, machine.train, plan, 1)
     compiled = engine.compiled(machine.rounds().lower(*args))
-    return lambda: jax.block_until_ready(compiled(*args))
+    return lambda: compiled(*args)
 
 
 def rounds(axis: str, repeats: int) -> list[float]:
     """Seconds of a round at each size of one curve."""
-    calls = [program(axis, value) for value in CURVES[axis]]
-    seconds = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for call, own in zip(calls, seconds, strict=True):
-            began = time.perf_counter()
-            call()
-            if turn:
-                own.append(time.perf_counter() - began)
-    return [statistics.median(own) for own in seconds]
+    return list(medians({value: program(axis, value) for value in CURVES[axis]}, repeats).values())
 
 
 def compiling(depth: int) -> float:

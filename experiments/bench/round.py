@@ -53,6 +53,20 @@ VARIANTS = {
 CLIENTS, BATCH, RANK, LENGTH, LABELS = 8, 16, 8, 128, 10
 
 
+def classifier(fns, train, clients: int, steps: int, chunk: int, method: str, **options):
+    """An engine that trains a classifier by a method."""
+    from fedgalore_jax import engine, strategies, tasks
+
+    return engine.Engine(
+        strategies.build(method, lr=1e-3, **options),
+        lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
+        engine.on_device(train),
+        clients,
+        steps,
+        chunk,
+    )
+
+
 def build(
     sizes: dict[str, Any],
     variant: str,
@@ -78,7 +92,7 @@ def build(
     import jax
     import numpy as np
 
-    from fedgalore_jax import engine, strategies, tasks
+    from fedgalore_jax import engine
     from fedgalore_jax.data import FederatedData, Split
     from fedgalore_jax.models import roberta, vit
 
@@ -95,14 +109,7 @@ def build(
         inputs = {"pixel_values": rng.normal(size=pixels).astype(np.float32)}
     train = Split(inputs, rng.integers(0, LABELS, samples))
     method, options = VARIANTS[variant]
-    machine = engine.Engine(
-        strategies.build(method, lr=1e-3, rank=RANK, **options),
-        lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
-        engine.on_device(train),
-        everyone,
-        steps,
-        chunk or clients,
-    )
+    machine = classifier(fns, train, everyone, steps, chunk or clients, method, rank=RANK, **options)
     params = jax.jit(fns.init)(jax.random.key(0))
     state = engine.init(machine.strategy, params, jax.random.key(1), everyone)
     parts = [np.arange(BATCH) + BATCH * (i % clients) for i in range(everyone)]

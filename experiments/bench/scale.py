@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from experiments.bench.round import classifier
+
 PARTS = ("cohort", "clients", "llama")
 COHORTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CLIENTS = (100, 1_000, 10_000, 100_000)
@@ -37,7 +39,6 @@ def machine(method: str, clients: int, **options):
     import jax
     import numpy as np
 
-    from fedgalore_jax import engine, strategies, tasks
     from fedgalore_jax.data import FederatedData, Split
     from fedgalore_jax.models import vit
 
@@ -46,14 +47,7 @@ def machine(method: str, clients: int, **options):
     train = Split(
         {"pixel_values": rng.normal(size=(1000, 8, 8, 1)).astype(np.float32)}, rng.integers(0, 10, 1000)
     )
-    made = engine.Engine(
-        strategies.build(method, lr=1e-3, rank=RANK, **options),
-        lambda params, batch, key: tasks.cross_entropy(fns.apply(params, batch, key=key), batch),
-        engine.on_device(train),
-        clients,
-        STEPS,
-        CHUNK,
-    )
+    made = classifier(fns, train, clients, STEPS, CHUNK, method, rank=RANK, **options)
     federation = FederatedData([(np.arange(BATCH) + 7 * c) % 1000 for c in range(clients)], 0)
     return made, fns.init(jax.random.key(0)), federation
 
@@ -72,7 +66,7 @@ def measure(method: str, clients: int, cohort: int, *, on_host: bool, rounds: in
         state = state._replace(clients=blocks.on_host(made, params, clients))
     plans = [federation.plan(range(t, t + 1), cohort, STEPS, BATCH, CHUNK) for t in range(rounds + 1)]
     there = state._replace(clients=cut.on_devices(state.clients))
-    program = made.rounds().lower(there, made.train, plans[0], 1).compile()
+    program = engine.compiled(made.rounds().lower(there, made.train, plans[0], 1))
     seconds = []
     for plan in plans:
         began = time.perf_counter()
@@ -120,7 +114,7 @@ def llama() -> str:
     parts = [range(c * BATCH, (c + 1) * BATCH) for c in range(clients)]
     plan = FederatedData(list(map(jnp.asarray, parts)), 0).plan(range(1), clients, STEPS, 1, clients)
     began = time.perf_counter()
-    used = made.rounds().lower(state, train, plan, 1).compile().memory_analysis()
+    used = engine.compiled(made.rounds().lower(state, train, plan, 1)).memory_analysis()
     count = sum(x.size for x in jax.tree.leaves(params))
     return (
         f"{count / 1e9:.2f}B parameters in float32, mesh {clients}x{model}, {clients} clients, batch 1 x"

@@ -49,6 +49,19 @@ def seconds(run, *args, repeats):
     return statistics.median(times)
 
 
+def server(name, method):
+    """A jitted server step of one model and its arguments: what is timed must not be a constant to XLA."""
+    clients, rank, signal_rank, groups = MODELS[name]
+    stacks = moments(clients, rank, groups, jax.random.key(0))
+
+    @jax.jit
+    def run(stacks, weights):
+        options = {"method": method, "signal_rank": signal_rank}
+        return [synchronise(stack, weights, **options) for stack in stacks]
+
+    return run, (stacks, jnp.full(clients, 1 / clients))
+
+
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,20 +69,13 @@ def main():
     repeats = parser.parse_args().repeats
     print(f"{jax.devices()[0].device_kind}, {repeats} repeats, milliseconds a server round")
     print(f"{'model':14}{'method':8}{'median':>10}{'ratio':>8}{'joint ranks':>16}")
-    for name, (clients, rank, signal_rank, groups) in MODELS.items():
-        stacks = moments(clients, rank, groups, jax.random.key(0))
-        weights = jnp.full(clients, 1 / clients)
+    for name in MODELS:
         base = None
         for method in METHODS:
-
-            @jax.jit
-            def run(stacks, weights, method=method, signal_rank=signal_rank):
-                options = {"method": method, "signal_rank": signal_rank}
-                return [synchronise(stack, weights, **options) for stack in stacks]
-
-            took = seconds(run, stacks, weights, repeats=repeats)
+            run, args = server(name, method)
+            took = seconds(run, *args, repeats=repeats)
             base = base or took  # the mean comes first
-            ranks = jnp.concatenate([rank for _, rank in run(stacks, weights)])
+            ranks = jnp.concatenate([rank for _, rank in run(*args)])
             spread = f"{ranks.min()}..{ranks.max()}" if method == "ajive" else "-"
             print(f"{name:14}{method:8}{1e3 * took:10.2f}{took / base:8.1f}{spread:>16}")
 
