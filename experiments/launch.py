@@ -45,21 +45,21 @@ def guarded(program: Callable[[], None]) -> None:
     try:
         program()
     except KeyboardInterrupt as interrupt:
-        _stop(f"interrupted; every file and every line that was written is whole{interrupt}", 130, alone=True)
+        _stop(f"interrupted; every file and every line that was written is whole{interrupt}", 130)
     except (flags.Error, ValueError, OSError, ImportError, FloatingPointError) as error:
-        _stop(str(error), 2, alone=True)
+        _stop(str(error), 2)
     except MemoryError as error:
-        _stop(f"out of memory ({error}): lower --batch_size or --local_steps, or set --chunk", 2, alone=True)
+        _stop(f"out of memory ({error}): lower --batch_size or --local_steps, or set --chunk", 2)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _stop(f"out of device memory ({error}): lower --batch_size or set --chunk", 2, alone=True)
+        _stop(f"out of device memory ({error}): lower --batch_size or set --chunk", 2)
 
 
-def _stop(line: str, status: int, *, alone: bool = False) -> None:
+def _stop(line: str, status: int, *, together: bool = False) -> None:
     sys.stdout.flush()
     print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    if alone and "jax" in sys.modules:
+    if not together and "jax" in sys.modules:
         from fedgalore_jax import hosts
 
         hosts.leave(status)
@@ -100,7 +100,7 @@ def _main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; {hint}" if any(out.glob("**/digests.json")) else "") from None
     except Preempted as error:
-        _stop(f"{error}; {hint}", os.EX_TEMPFAIL)
+        _stop(f"{error}; {hint}", os.EX_TEMPFAIL, together=True)
 
 
 def _join(values: flags.FlagValues) -> None:

@@ -118,12 +118,9 @@ def trimmed(rows: Upload, weights: Array, present: Array, *, trim: float) -> Upl
     first = drop[count]
     last = jnp.maximum(count - 1 - first, 0)
 
-    def shaped(mask, x):
-        return mask.reshape(-1, *(1 for _ in x.shape[1:]))
-
     def ordered(x):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.sort(jnp.where(shaped(present, x), x, jnp.inf), axis=0)  # the absent come last
+        return jnp.sort(jnp.where(tree.for_rows(present, x), x, jnp.inf), axis=0)  # the absent come last
 
     def mean(x):
         place = jnp.arange(clients)
@@ -175,10 +172,7 @@ def clipped(rows: Tree, bound: float | Array) -> Tree:
     norm = norms(rows)
     scale = jnp.where(norm > bound, bound / jnp.where(norm > 0, norm, 1), 1)
 
-    def one(x):
-        return x * scale.astype(x.dtype).reshape(-1, *(1 for _ in x.shape[1:]))
-
-    return jax.tree.map(one, rows)
+    return jax.tree.map(lambda x: x * tree.for_rows(scale.astype(x.dtype), x), rows)
 
 
 def with_noise(total: Tree, key: Array, scale: Array) -> Tree:

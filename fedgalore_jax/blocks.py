@@ -168,8 +168,3 @@ def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Pla
         return jax.make_array_from_callback((*rows.shape, *x.shape[1:]), where, share)
 
     return {name: spread(x) for name, x in machine.train.items()}, plan._replace(samples=samples)
-
-
-def apart(state: engine.RunState) -> engine.RunState:
-    """The state as it is now, whatever becomes of what the host keeps."""
-    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, state)

@@ -26,6 +26,7 @@ import numpy as np
 
 from fedgalore_jax import hosts
 from fedgalore_jax.folder import read_json, write_json
+from fedgalore_jax.tree import apart
 from fedgalore_jax.types import Tree
 
 FOLDER = "checkpoints"
@@ -87,8 +88,7 @@ class Checkpoints:
 
         self.wait()
         # What the host keeps is written in place while Orbax is still at work.
-        kept = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
-        arrays, path = _arrays(kept), self.path / str(rounds)
+        arrays, path = _arrays(apart(tree)), self.path / str(rounds)
         with _written(path):
             if hosts.first():
                 path.mkdir(parents=True, exist_ok=True)

@@ -152,10 +152,8 @@ def changes(config: Config) -> dict[str, tuple[Any, Any]]:
     if not config.resume or is_new(out):
         return {}
     differing = config.changes(read_json(out / CONFIG))
-    private = [name for name in ("dp_clip", "dp_noise") if name in differing]
-    if config.dp_noise or "dp_noise" in differing:
-        private += [name for name in ("clients", "cohort") if name in differing]
-    if private and config.override:
+    private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort") if name in differing]
+    if private and config.override and (config.dp_noise or "dp_noise" in differing):
         raise ValueError(
             f"out_dir={config.out_dir!r} cannot go on with other {', '.join(private)}: epsilon is that of"
             " a whole run; give the old values, or start in a new folder"

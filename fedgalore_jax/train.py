@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import blocks, defences, engine, hosts, placement
+from fedgalore_jax import blocks, defences, engine, hosts, placement, tree
 from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split
@@ -208,7 +208,7 @@ class _Loop:
         try:
             if not history:
                 self.write({"round": 0} | self.measure(state, self.prepared.dataset.validation), history)
-                self.best = blocks.apart(state) if config.keep == "best" else None
+                self.best = tree.apart(state) if config.keep == "best" else None
             if done == config.rounds:
                 return self.kept(state), history
             progress.show(done, f"{self.metric} {self.latest(history):.3f}  compiling")
@@ -265,9 +265,9 @@ class _Loop:
             return state, []
         del state  # there may not be room for two
         self.say(f"going on from the checkpoint of round {rounds}")
-        tree = self.checkpoints.restore(rounds, saved(rounds))
-        self.best = tree.get("best", tree["state"]) if config.keep == "best" else None
-        return tree["state"], done
+        found = self.checkpoints.restore(rounds, saved(rounds))
+        self.best = found.get("best", found["state"]) if config.keep == "best" else None
+        return found["state"], done
 
     def blocks(self, done: int) -> Iterator[range]:
         """The rounds left, cut into calls, which end at an evaluation or a checkpoint at the latest."""
@@ -291,7 +291,7 @@ class _Loop:
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.dataset.validation)
                 if record[self.metric] > self.best_of(history)[self.metric]:
-                    self.best = blocks.apart(state) if self.config.keep == "best" else None
+                    self.best = tree.apart(state) if self.config.keep == "best" else None
             if not np.isfinite(record.get("loss", 0)):
                 raise FloatingPointError(
                     f"loss is {record['loss']} in round {t + 1}: lower --lr, set --clip, or, where clients"

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedgalore_jax.types import Array, Flat, LowRank, Params, Tree
 
@@ -111,6 +112,16 @@ def nbytes(tree: Tree) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
+def apart(tree: Tree) -> Tree:
+    """The tree as it is now: its NumPy arrays, which may be written in place, are copied."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+
+
+def for_rows(vector: Array, rows: Array) -> Array:
+    """A number for each row, `[C]`, in a shape that goes with rows `[C, ...]`."""
+    return vector.reshape(-1, *(1 for _ in rows.shape[1:]))
+
+
 def all_finite(tree: Tree) -> Array:
     """Whether no leaf has a NaN or an infinity, a boolean scalar."""
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -121,7 +132,7 @@ def keep_rows(keep: Array, rows: Tree) -> Tree:
     """Zeroes the rows `[C, ...]` of clients that are not kept, `[C]`: a product would leave their NaNs."""
 
     def one(x):
-        return jnp.where(keep.reshape(-1, *(1 for _ in x.shape[1:])), x, jnp.zeros((), x.dtype))
+        return jnp.where(for_rows(keep, x), x, jnp.zeros((), x.dtype))
 
     return jax.tree.map(one, rows)
 

@@ -38,7 +38,7 @@ def test_memories_on_the_host_are_the_same(scaffold):
 def test_a_state_apart_stays_as_it_is(scaffold):
     machine, rounds, state = scaffold
     state = state._replace(clients=blocks.on_host(machine, params(), N))
-    kept, before = blocks.apart(state), jax.tree.map(np.copy, state.clients)
+    kept, before = tree.apart(state), jax.tree.map(np.copy, state.clients)
     state, _ = blocks.advance(
         rounds, machine, state, plan(range(1), COHORT, COHORT), 1, Blocks(1, COHORT + 1, None)
     )
