@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import pathlib
 import re
 from typing import Any, get_args, get_type_hints
 
@@ -14,13 +15,22 @@ from fedgalore_jax.config import Config
 
 
 class _Integers(flags.ArgumentParser):
-    """Comma-separated integers, as a tuple."""
+    """Integers, comma-separated or on the lines of a file, as a tuple."""
 
-    syntactic_help = "comma-separated integers"
+    syntactic_help = "comma-separated integers, or a file of them"
 
     def parse(self, argument):
         """The tuple; absl turns a ValueError into a line that names the flag."""
-        return tuple(int(part) for part in argument.split(","))
+        if re.fullmatch(r"[\d\s,+-]*", argument):
+            return _integers(argument)
+        try:
+            return _integers(pathlib.Path(argument).read_text())
+        except OSError as error:
+            raise ValueError(f"neither integers nor a file of them: {error.strerror}") from None
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.split(r"\s*,\s*|\s+", text.strip()))
 
 
 _DEFINE = {

@@ -46,7 +46,7 @@ class Config:
         "cosine" decay to 0.
       rank: r of adapters and gradient subspaces.
       ranks: of the clients' adapters, cycled over their ids, for the strategies that let them differ;
-        the largest is `rank`.
+        the largest is `rank`. A flag takes them as 8,4,2 or from a file.
       weight_decay: decoupled, on kernels.
       clip: norm above which a client's gradient is scaled down; 0 switches it off.
       dropout: probability, in place of the model's own; the model's if None.

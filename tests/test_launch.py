@@ -227,6 +227,8 @@ BAD = {
     "--dropout=1": "dropout=1.0",
     "--adapt=layer[": "adapt=",
     "--adapt=nowhere": "'nowhere' matches no parameter",
+    "--ranks=/nowhere": "neither integers nor a file of them",
+    "--ranks=4,,8": "flag --ranks=4,,8",
     "--model=/nowhere": "/nowhere/config.json does not exist",
     "--model=tests": "tests/config.json does not exist",
     "--out_dir=/proc/nowhere": "/proc/nowhere",
@@ -278,7 +280,7 @@ def test_list_names_everything(capsys):
     assert "--method=subspace: fedgalore, fedlore" in out
 
 
-def test_a_group_is_its_methods_and_ranks_reach_them():
+def test_a_group_is_its_methods_and_ranks_reach_them(tmp_path):
     def configs(*args):
         values = flags.FlagValues()
         our_flags.define(values)
@@ -291,6 +293,9 @@ def test_a_group_is_its_methods_and_ranks_reach_them():
     assert [c.method for c in configs("--method=subspace,fedit")] == [*groups["subspace"], "fedit"]
     (config,) = configs("--method=flexlora", "--rank=8", "--ranks=8,2", "--lr=1e-3")
     assert config.ranks == (8, 2) and configs("--method=flexlora")[0].ranks is None
+    (tmp_path / "ranks.txt").write_text("8\n4, 2\n")
+    (from_file,) = configs("--method=flexlora", "--rank=8", f"--ranks={tmp_path / 'ranks.txt'}")
+    assert from_file.ranks == (8, 4, 2)
     task = tasks.get(config.task)
     strategy = prepare.strategy_of(config, task)
     assert strategy.wire_of == 2
