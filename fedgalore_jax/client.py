@@ -69,12 +69,12 @@ def local_train(
     def objective(tree, assemble, j):
         return loss(assemble(tree), batch(j), jax.random.fold_in(dropout, j))
 
-    def gradient(assemble, tree, j):
+    def value_and_grad(assemble, tree, j):
         nonlocal gradients
         gradients += 1
         if j >= steps:
             raise ValueError(f"batch {j} of a client with {steps} local steps: ask for fewer batches")
-        return jax.grad(objective)(tree, assemble, j)
+        return jax.value_and_grad(objective)(tree, assemble, j)
 
     def train(local: Local, tx, count: int) -> tuple[Local, Array]:
         nonlocal gradients
@@ -85,11 +85,11 @@ def local_train(
         def assemble(trainable):
             return strategy.assemble(download, trainable, local.extra)
 
-        def step(carry, j):
+        def step(carry, j, seen=None):
             nonlocal evaluations
-            evaluations = 1
+            evaluations = 0 if seen else 1
             trainable, opt = carry
-            value, grads = jax.value_and_grad(objective)(trainable, assemble, j)
+            value, grads = seen or jax.value_and_grad(objective)(trainable, assemble, j)
 
             def grad_fn(point):
                 nonlocal evaluations
@@ -112,12 +112,16 @@ def local_train(
             stepped = jax.tree.map(lambda new, old: jnp.where(done, new, old), stepped, carry)
             return stepped, jnp.where(done, value, 0)
 
-        carry = local.trainable, local.opt
-        (trainable, opt), losses = jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))
-        gradients += count * evaluations
-        return local._replace(trainable=trainable, opt=opt), losses
+        carry, losses = (local.trainable, local.opt), []
+        if local.first:
+            carry, value = step(carry, jnp.zeros((), jnp.int32), local.first)
+            losses, gradients = [value[None]], gradients + evaluations
+        later = jnp.arange(len(losses), count, dtype=jnp.int32)
+        (trainable, opt), values = jax.lax.scan(step, carry, later)
+        gradients += len(later) * evaluations
+        return Local(trainable, opt, local.extra), jnp.concatenate([*losses, values])
 
-    ops = Ops(client, own, gradient, lambda local, tx, count=steps: train(local, tx, count)[0], steps)
+    ops = Ops(client, own, value_and_grad, lambda local, tx, count=steps: train(local, tx, count)[0], steps)
     local, losses = train(strategy.start(download, client_state, ops), strategy.tx, steps)
     upload, client_state = strategy.finish(download, local, client_state, ops)
     mean = losses.mean() if reach is None else losses.sum() / reach

@@ -116,11 +116,12 @@ def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key:
     dtype = jnp.promote_types(matrix.dtype, jnp.float32)
     if finder == "random":
         return random_basis(key, (*stack, m), rank, dtype)
-    g = _scaled(matrix.astype(dtype), axis=(-2, -1))
+    g = matrix.astype(dtype)
     if finder == "subspace":
 
         def iterate(_, basis):
-            return orthonormalise(_matmul(g, _matmul(g.mT, basis)), key)
+            # The thin product is scaled, not the matrix: nothing of its size is written.
+            return orthonormalise(_matmul(g, _scaled(_matmul(g.mT, basis), axis=(-2, -1))), key)
 
         # One loop and one draw: compiling them is what a model of a hundred kernels waits for.
         start = _normal(key, (*stack, m, rank), dtype)
@@ -128,6 +129,7 @@ def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key:
     elif finder == "svd":
         basis = _one_by_one(lambda a: jnp.linalg.svd(a, rank > n)[0], g)[..., :rank]
     elif finder == "gram":
+        g = _scaled(g, axis=(-2, -1))
         gram = _matmul(g, g.mT) if m <= n else _matmul(g.mT, g)
         basis = _one_by_one(lambda a: jnp.linalg.eigh(a)[1], gram)[..., ::-1][..., :rank]
         if m > n:  # right singular vectors: lift them, and fill up beyond the n there are

@@ -69,11 +69,13 @@ class Local(NamedTuple):
       trainable: like `Download.trainable`.
       opt: state of the strategy's `tx`.
       extra: what the steps need besides (an own basis); constant during the round.
+      first: loss and gradient (like `trainable`) of the first step, where `start` evaluated them; else None.
     """
 
     trainable: Flat
     opt: Tree
     extra: Any
+    first: tuple[Array, Flat] | None = None
 
 
 class Upload(NamedTuple):
@@ -114,8 +116,8 @@ class Ops(NamedTuple):
     Attributes:
       id: int32 scalar, which client this is.
       key: PRNG key of this client in this round.
-      grad: `grad(assemble, tree, j)` is the gradient, with respect to `tree`, of the loss of the model
-        `assemble(tree)` on the client's j-th batch.
+      value_and_grad: `value_and_grad(assemble, tree, j)` is the loss of the model `assemble(tree)` on the
+        client's j-th batch, and its gradient with respect to `tree`.
       train: `train(local, tx, steps=K)` is `local` after that many steps of `tx` on the client's first
         batches, the same ones (and the same dropout) as in its local training.
       steps: K, a Python int.
@@ -123,7 +125,7 @@ class Ops(NamedTuple):
 
     id: Array
     key: Array
-    grad: Callable[[Callable[[Tree], Params], Tree, int], Tree]
+    value_and_grad: Callable[[Callable[[Tree], Params], Tree, int], tuple[Array, Tree]]
     train: Callable[..., Local]
     steps: int
 

@@ -87,7 +87,8 @@ def fedgalore(
       client_weights: "factored" trains Z next to the frozen kernel; "dense" trains full weights through
         `galore.in_subspace`. The numbers are the same (docs/design.md, F2); factored clients hold no m x n.
       basis: "shared" (from a seed; costs no upload), "server" (half from the last mean change of the
-        weights, half random so that it can leave its span), "own" (each client's first gradients).
+        weights, half random so that it can leave its span), "own" (each client's first gradients,
+        which the first step takes as well).
       refresh_rounds: rounds a basis is kept; 5 by default. Own bases are new every round (1).
       finder: how an own basis is found, one of `lowrank.FINDERS`; "subspace" by default.
       basis_batches: batches whose mean gradient gives an own basis; 1 by default.
@@ -171,22 +172,27 @@ def fedgalore(
 
     def start(download, client_state, ops):
         del client_state
-        bases = download.extra.basis
-        if own:
-            model = {k: v for k, v in download.trainable.items() if k != "shrink"} | download.frozen
-            adapt, _, _ = common.split(model)
-
-            def gradient(j):
-                return ops.grad(lambda kernels: tree.unflatten(model | kernels), adapt, j)
-
-            total = gradient(0)
-            for j in range(1, o.basis_batches):
-                total = jax.tree.map(jnp.add, total, gradient(j))
-            bases = space.leading(total, ops.key, o.finder)
         opt = tx.init(download.trainable)
         if sync != "none":
             opt = with_state(opt, download.extra.adam)
-        return Local(download.trainable, opt, bases)
+        if not own:
+            return Local(download.trainable, opt, download.extra.basis)
+        model = {k: v for k, v in download.trainable.items() if k != "shrink"} | download.frozen
+        adapt, train, _ = common.split(model)
+
+        def gradient(j):
+            return ops.value_and_grad(lambda moved: tree.unflatten(model | moved), adapt | train, j)
+
+        loss, grads = gradient(0)
+        total = {path: grads[path] for path in adapt}
+        for j in range(1, o.basis_batches):
+            _, more = gradient(j)
+            total = {path: g + more[path] for path, g in total.items()}
+        bases = space.leading(total, ops.key, o.finder)
+        if not dense:
+            grads |= {path: space.projected(grads[path], p) for path, p in bases.items()}
+            grads |= {path: jnp.zeros_like(x) for path, x in download.trainable.items() if path == "shrink"}
+        return Local(download.trainable, opt, bases, (loss, grads))
 
     def finish(download, local, client_state, ops):
         del ops

@@ -80,6 +80,10 @@ class Subspaces(NamedTuple):
         fresh = self.random(matrices, jax.random.fold_in(key, len(matrices)), self.rank // 2)
         return {path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()}
 
+    def projected(self, gradient: Array, basis: Array) -> Array:
+        """The gradient of Z at Z = 0, from that of the kernel: `Pᵀ G`, or `G P`."""
+        return self.left(_matmul(jnp.swapaxes(basis, -1, -2), self.left(gradient)))
+
     def rotated(self, moment: Array, old: Array, new: Array) -> Array:
         """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap."""
         overlap = _matmul(jnp.swapaxes(new, -1, -2), old)
