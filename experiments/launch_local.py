@@ -31,13 +31,17 @@ class Process(NamedTuple):
     log: IO[bytes] | None
 
 
-def start(flags: Sequence[str], processes: int, devices: int) -> list[Process]:
-    """Starts all processes."""
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(flags: Sequence[str], processes: int, devices: int) -> list[Process]:
+    """Starts all processes."""
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    joined = ["--distributed", f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+    joined = ["--distributed", f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
     started = []
     for i in range(processes):
         command = [sys.executable, str(ROOT / "run.py"), *joined, f"--process_id={i}", *flags]

@@ -101,7 +101,7 @@ def on_host(machine: engine.Engine, params: Params, clients: int) -> Tree:
     store = jax.tree.map(lambda x: np.empty((clients, *x.shape[1:]), x.dtype), shapes)
     for first in range(0, clients, AT_A_TIME):
         ids = np.arange(first, first + AT_A_TIME, dtype=np.int32)
-        keep(store, ids[ids < clients], make(params, ids))
+        keep(store, ids[ids < clients], hosts.fetch(make(params, ids)))
     return store
 
 
@@ -109,7 +109,7 @@ def keep(store: Tree, ids: np.ndarray, rows: Tree) -> None:
     """Writes clients' rows, of which there may be more, into a store."""
 
     def write(kept, new):
-        kept[ids] = np.asarray(new)[: len(ids)]
+        kept[ids] = new[: len(ids)]
 
     jax.tree.map(write, store, rows)
 
@@ -139,18 +139,32 @@ def advance(
         return program(state, train, plan, count)
     store = state.clients
     ids, plan = slotted(plan, machine.num_clients)
-    rows = np.resize(ids, blocks.slots)
-    lent = jax.tree.map(lambda x: x[rows], store)
-    if machine.mesh is not None:
-        places = engine.shardings(machine.strategy, state._replace(clients=lent), machine.mesh)
-        lent = jax.tree.map(placement.put, lent, places.clients)
+    lent = lend(machine, state, np.resize(ids, blocks.slots))
     state, metrics = program(state._replace(clients=lent), train, plan, count)
     keep(store, ids, hosts.fetch(state.clients))
     return state._replace(clients=store), metrics
 
 
+def lend(machine: engine.Engine, state: engine.RunState, slots: np.ndarray) -> Tree:
+    """The memories of some clients on the devices, of a state whose memories the host keeps.
+
+    Args:
+      machine: the engine.
+      state: of the run.
+      slots: `[S]`, the client of each slot.
+    """
+    if machine.mesh is None:
+        return jax.tree.map(lambda x: x[slots], state.clients)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(slots), *x.shape[1:]), x.dtype), state.clients)
+    places = engine.shardings(machine.strategy, state._replace(clients=shapes), machine.mesh).clients
+    return jax.tree.map(lambda x, where: placement.rows(x, slots, where), state.clients, places)
+
+
 def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Plan]:
-    """The training data of a block on the devices, and the plan with the rows that its samples have there."""
+    """The training data of a block on the devices, and the plan with the rows that its samples have there.
+
+    Samples that travel go to the devices that train their client; no other process gathers them.
+    """
     if blocks.samples is None or machine.mesh is None:
         return machine.train, plan
     rounds, clients, *batches = plan.samples.shape
@@ -159,12 +173,6 @@ def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Pla
         own, place = np.unique(plan.samples[r, c], return_inverse=True)
         rows[r, c, : len(own)], samples[r, c] = own, place.reshape(batches)
     rows = rows.reshape(rounds, -1, machine.chunk, blocks.samples)
-    where = placement.of_cohort(machine.mesh)
-
-    def spread(x) -> Array:
-        def share(index: Any) -> np.ndarray:
-            return x[rows[index[:3]]]
-
-        return jax.make_array_from_callback((*rows.shape, *x.shape[1:]), where, share)
-
-    return {name: spread(x) for name, x in machine.train.items()}, plan._replace(samples=samples)
+    where = placement.along(machine.mesh, 2)
+    own = {name: placement.rows(x, rows, where) for name, x in machine.train.items()}
+    return own, plan._replace(samples=samples)

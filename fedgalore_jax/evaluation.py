@@ -24,17 +24,21 @@ class Evaluator(NamedTuple):
       program: jitted, `(state, batches [n, B, ...]) -> outputs [n, B, ...]`.
       task: whose metrics are meant.
       batch: B, a multiple of the clients axis of the mesh.
+      mesh: what each batch is spread over; a device is given its share alone.
     """
 
-    program: Callable[[Any, dict[str, np.ndarray]], Any]
+    program: Callable[[Any, dict[str, Any]], Any]
     task: Task
     batch: int
+    mesh: placement.Mesh | None
 
     def outputs(self, state: Any, split: Split) -> np.ndarray:
         """The task's outputs of every sample, `[n, ...]`, in the split's order."""
+        spread = None if self.mesh is None else placement.along(self.mesh, 1)
         rows, parts = [], []
         for where, part in split_by_length(split):
             batches = in_batches(part.arrays, self.batch)
+            batches = {name: placement.put(x, spread) for name, x in batches.items()}
             out = np.asarray(self.program(state, batches))
             parts.append(out.reshape(-1, *out.shape[2:])[: len(where)])
             rows.append(where)
@@ -70,7 +74,7 @@ def evaluator(
             return placement.everywhere(jax.lax.map(partial(one, export(state)), batches))
 
     shares = placement.shares(mesh)
-    return Evaluator(jax.jit(outputs), task, -(-task.eval_batch // shares) * shares)
+    return Evaluator(jax.jit(outputs), task, -(-task.eval_batch // shares) * shares, mesh)
 
 
 def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:

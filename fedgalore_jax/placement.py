@@ -162,9 +162,9 @@ def _as_weight(mesh: Mesh, keys: tuple, shape: tuple[int, ...], weights: Flat) -
     return (is_one and weight(mesh, path, shape)) or whole(mesh)
 
 
-def of_cohort(mesh: Mesh) -> NamedSharding:
-    """Sharding of what each client of some rounds gets, `[R, C / chunk, chunk, ...]`."""
-    return NamedSharding(mesh, PartitionSpec(None, None, CLIENTS))
+def along(mesh: Mesh, axis: int) -> NamedSharding:
+    """Sharding of rows of clients or samples, which that axis counts."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, CLIENTS))
 
 
 def placed(shapes: Tree, shardings: Tree) -> Tree:
@@ -181,3 +181,24 @@ def put(x: Any, sharding: jax.sharding.Sharding | None) -> Array:
     if sharding is None:
         return jax.device_put(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda where: np.asarray(x[where]))
+
+
+def rows(x: Any, ids: np.ndarray, sharding: NamedSharding) -> Array:
+    """Rows `x[ids]` of a host's array on its devices.
+
+    Every process gives the same. It gathers and transfers the rows of its own devices alone, once for all
+    devices that have the same: JAX asks for the shares of a process's devices only, wherever a mesh has them.
+
+    Args:
+      x: NumPy's, `[n, ...]`.
+      ids: rows of it, of any shape.
+      sharding: of `[*ids.shape, ...]`.
+    """
+    gathered: dict[str, np.ndarray] = {}
+
+    def share(where: Any) -> np.ndarray:
+        if str(where) not in gathered:
+            gathered[str(where)] = x[ids[where[: ids.ndim]]][(..., *where[ids.ndim :])]
+        return gathered[str(where)]
+
+    return jax.make_array_from_callback((*ids.shape, *x.shape[1:]), sharding, share)

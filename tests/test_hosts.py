@@ -1,6 +1,7 @@
 """Several processes as one run: what they learn, save and go on from, and how they end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import absl.flags
 import jax
 import numpy as np
+import own_rows
 import pytest
 from safetensors.numpy import load_file
 from test_checkpoint import TINY
@@ -159,3 +161,35 @@ def test_an_address_needs_others(capsys):
         main(["run.py", "--num_processes=2"])
     assert stop.value.code == 2
     assert "num_processes=2 has no effect: give --distributed too" in capsys.readouterr().err
+
+
+def two(*out):
+    """Two processes that share no memory."""
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, str(ROOT / "tests" / "own_rows.py"), str(launch_local.free_port())]
+    options = {
+        "env": os.environ | settings | {"PYTHONPATH": str(ROOT)},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    args = [[*command, str(i), *out[i : i + 1]] for i in (0, 1)]
+    with subprocess.Popen(args[0], **options) as first, subprocess.Popen(args[1], **options) as second:
+        for process in (first, second):
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said
+
+
+def test_a_host_gathers_what_its_own_clients_need():
+    two()
+
+
+@pytest.mark.slow
+def test_two_hosts_that_keep_memories_are_as_good_as_one(tmp_path):
+    out = [tmp_path / f"{i}.npz" for i in (0, 1)]
+    two(*map(str, out))
+    with jax.enable_x64(True):
+        wanted = own_rows.learn()
+    for found in map(np.load, out):
+        for name, shape in itertools.product(wanted, own_rows.MESHES):
+            got = found[f"{shape}|{name}"]
+            np.testing.assert_allclose(got, wanted[name], rtol=0, atol=1e-10, err_msg=f"{shape} {name}")
