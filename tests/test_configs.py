@@ -2,7 +2,13 @@
 
 import dataclasses
 import functools
+import math
+import os
+import pathlib
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_llama
@@ -14,7 +20,9 @@ from fedgalore_jax import prepare, strategies, train
 from fedgalore_jax.config import AGGREGATORS, Config
 from fedgalore_jax.data import IGNORE, PARTITIONS, Dataset, Split
 
+ROOT = pathlib.Path(__file__).parents[1]
 SAMPLES, CLASSES, DOMAINS = 60, 3, 2
+MESHES = ("1x1", "2x1", "1x2", "2x2", "4x2", "2x4", "8x1", "1x8")
 
 
 @functools.cache
@@ -55,6 +63,10 @@ OWN = ("adel_fl", "fedex_lora", "flexlora", "flora", "galore_avg", "hetlora", "i
 """Methods whose uploads cannot be compared entry by entry."""
 
 
+def sizes(mesh):
+    return tuple(map(int, mesh.split("x"))) if mesh else (1, 1)
+
+
 @st.composite
 def sound(draw):
     """A config that there is no reason to refuse."""
@@ -62,6 +74,8 @@ def sound(draw):
     cohort = draw(st.none() | st.integers(1, clients))
     taking_part = cohort or clients
     task, method = draw(st.sampled_from(TASKS)), draw(st.sampled_from(strategies.names()))
+    mesh = draw(st.none() | st.sampled_from([m for m in MESHES if math.prod(sizes(m)) <= jax.device_count()]))
+    shares, _ = sizes(mesh)
     kinds = [k for k in PARTITIONS if "domain" not in k or clients >= DOMAINS]
     if method in ("fedsa_lora", "dual_adapter"):  # each client's model answers for its share of the classes
         task, kinds = draw(st.sampled_from(("images", "text"))), [k for k in kinds if "domain" not in k]
@@ -70,7 +84,8 @@ def sound(draw):
         "method": method,
         "clients": clients,
         "cohort": cohort,
-        "chunk": draw(st.none() | st.integers(1, 8)),
+        "chunk": draw(st.none() | st.integers(1, 8).map(lambda n: n * shares)),
+        "mesh": mesh,
         "partition": draw(st.none() | st.sampled_from(kinds)),
         "local_steps": draw(st.integers(2, 3)),
         "batch_size": draw(st.integers(1, 4)),
@@ -79,7 +94,6 @@ def sound(draw):
         "schedule": draw(st.sampled_from(("constant", "cosine"))),
         "weight_decay": draw(st.sampled_from((0.0, 0.01))) if method != "ssf" else 0.0,
         "client_dropout": draw(st.sampled_from((0.0, 0.4))),
-        "mesh": draw(st.none() | st.just("1x1")),  # of the one device that tests have
         "seed": draw(st.integers(0, 3)),
     }
     if method not in OWN and taking_part > 2:
@@ -140,7 +154,8 @@ BAD = {
 def unsound(draw):
     """A sound config with one value that cannot be meant, and its field's name."""
     given, name = draw(sound()), draw(st.sampled_from(sorted(BAD)))
-    value = draw(st.sampled_from(BAD[name]))
+    shares, _ = sizes(given["mesh"])
+    value = draw(st.sampled_from(BAD[name] + [shares + 1] * (name == "chunk" and shares > 1)))
     return given | {name: value}, name
 
 
@@ -183,3 +198,19 @@ def test_many_sound_configs_run_two_rounds(given):
 @given(unsound())
 def test_many_unsound_configs_are_refused_in_one_line(given):
     is_refused(*given)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "a_sound_config_runs_two_rounds",
+        pytest.param("many_sound_configs_run_two_rounds", marks=pytest.mark.slow),
+        pytest.param("many_unsound_configs_are_refused_in_one_line", marks=pytest.mark.slow),
+    ],
+)
+def test_on_eight_devices(test):
+    """In a process that has them, meshes of them are drawn."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"{__file__}::test_{test}"]
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
