@@ -69,6 +69,10 @@ def _merging_pays(x: Array, kernels: Sequence[Array | Adapted]) -> bool:
     return jax.default_backend() == "gpu" and math.prod(x.shape[:-1]) > max(sides, default=math.inf)
 
 
+_FEW = 16
+"""Columns of a factor that a sum takes faster than a product does."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _merged(x: Array, kernels: list[Adapted], dtype: Any) -> list[Array]:
     """`x @ kernel` for adapted kernels, each merged for the product; gradients take thin products alone."""
@@ -102,9 +106,14 @@ _merged.defvjp(_merged_forward, _merged_backward)
 
 
 def _for_product(kernel: Adapted, dtype: Any) -> Array:
-    """The merged kernel in the dtype of a product, from a thin product in that dtype."""
-    base = kernel.base if kernel.shrink is None else kernel.shrink * kernel.base
-    return (base + (kernel.a.astype(dtype) @ kernel.b.astype(dtype)).astype(base.dtype)).astype(dtype)
+    """The merged kernel in the dtype of a product, from factors in that dtype."""
+    merged = kernel.base if kernel.shrink is None else kernel.shrink * kernel.base
+    a, b = kernel.a.astype(dtype), kernel.b.astype(dtype)
+    if a.shape[-1] > _FEW:
+        return (merged + (a @ b).astype(merged.dtype)).astype(dtype)
+    for i in range(a.shape[-1]):  # one pass over the kernel: no product is written, and read again
+        merged = merged + a[:, i, None].astype(merged.dtype) * b[None, i].astype(merged.dtype)
+    return merged.astype(dtype)
 
 
 def merge(kernel: Array | Adapted | LowRank) -> Array:

@@ -50,7 +50,9 @@ def orthonormalise(y: Array, key: Array) -> Array:
         pair = jax.lax.dynamic_index_in_dim(pairs, j, pairs.ndim - 2, keepdims=False)  # [..., m, 2]
         before = jnp.linalg.norm(pair, axis=-2, keepdims=True)
         for _ in range(2):
-            pair = pair - _matmul(basis, _matmul(basis.mT, pair))
+            # Sums of products, since a GPU's libraries are slow at so few columns.
+            overlap = (basis[..., None] * pair[..., None, :]).sum(-3)  # [..., r, 2]
+            pair = pair - (basis[..., None] * overlap[..., None, :, :]).sum(-2)
         after = jnp.linalg.norm(pair, axis=-2, keepdims=True)
         independent = after > negligible * before  # False for NaN as well
         column = jnp.where(independent[..., :1], pair[..., :1], pair[..., 1:])
@@ -118,10 +120,13 @@ def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key:
         return random_basis(key, (*stack, m), rank, dtype)
     g = matrix.astype(dtype)
     if finder == "subspace":
+        # Directions are searched for, to which TF32 is exact enough and a GPU three times as fast.
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGH)
 
         def iterate(_, basis):
             # The thin product is scaled, not the matrix: nothing of its size is written.
-            return orthonormalise(_matmul(g, _scaled(_matmul(g.mT, basis), axis=(-2, -1))), key)
+            thin = _scaled(product("...mn,...mr->...nr", g, basis), axis=(-2, -1))
+            return orthonormalise(product("...mn,...nr->...mr", g, thin), key)
 
         # One loop and one draw: compiling them is what a model of a hundred kernels waits for.
         start = _normal(key, (*stack, m, rank), dtype)

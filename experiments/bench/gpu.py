@@ -47,6 +47,8 @@ ROWS = (
     Row("roberta-base", "factored ajive", 128, 8),
     Row("vit-b16", "factored ajive"),
 )
+MANY = Row("roberta-base", "factored ajive", 1024, 8)
+"""Takes half a minute, and comes last."""
 
 
 def check() -> None:
@@ -107,25 +109,50 @@ def compiled(row: Row) -> Any:
     return finish, (state, machine.train, plan, 1)
 
 
-def ours(repeats: int, pool: futures.Executor, others: list[futures.Future]) -> dict[Row, float]:
-    """Prints our rows, timed once `others` too are ready; gives their seconds."""
+def started(row: Row, pool: futures.Executor) -> tuple[futures.Future, tuple]:
+    """A row's program, being compiled beside others, and what it is called with."""
+    finish, args = compiled(row)
+    return pool.submit(finish), args
+
+
+def show(row: Row, took: float, job: futures.Future) -> None:
+    """Prints a row."""
+    program, compiling = job.result()
+    memory = program.memory_analysis()
+    total = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30
+    print(
+        f"{row.shape + ' ' + row.variant:34}{row.clients:8}{took:9.3f}"
+        f"{teraflop(row) / took:9.0f}{total:7.2f}{compiling:11.0f}",
+        flush=True,
+    )
+
+
+def ours(repeats: int, jobs: dict[Row, tuple]) -> dict[Row, float]:
+    """Prints our rows but the last, and gives their seconds."""
     print(f"\n{'':34}{'clients':>8}{'s/round':>9}{'TFLOP/s':>9}{'GiB':>7}{'compile s':>11}", flush=True)
-    took, jobs = {}, []
+    took = {}
     for row in ROWS:
-        finish, args = compiled(row)
-        jobs.append((row, pool.submit(finish), args))
-    futures.wait([job for _, job, _ in jobs] + others)
-    for row, job, args in jobs:
-        program, compiling = job.result()
-        memory = program.memory_analysis()
-        took[row] = shared_signal.seconds(program, *args, repeats=repeats)
-        total = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30
-        print(
-            f"{row.shape + ' ' + row.variant:34}{row.clients:8}{took[row]:9.3f}"
-            f"{teraflop(row) / took[row]:9.0f}{total:7.2f}{compiling:11.0f}",
-            flush=True,
-        )
+        job, args = jobs[row]
+        took[row] = shared_signal.seconds(job.result()[0], *args, repeats=repeats)
+        show(row, took[row], job)
     return took
+
+
+def many(job: futures.Future, args: tuple) -> None:
+    """Prints the last row, from one round, and whether the card held what the program said it would."""
+    program, held = job.result()[0], memory_in_use("bytes_in_use")
+    began = time.perf_counter()
+    jax.block_until_ready(program(*args))
+    show(MANY, time.perf_counter() - began, job)
+    memory = program.memory_analysis()
+    needs = held + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    peak = memory_in_use("peak_bytes_in_use")
+    print(f"memory at its peak: {peak / 2**30:.2f} GiB, predicted {needs / 2**30:.2f} GiB")
+
+
+def memory_in_use(which: str) -> int:
+    """One of a card's counters, in bytes."""
+    return (jax.devices()[0].memory_stats() or {})[which]
 
 
 def server(repeats: int) -> None:
@@ -164,10 +191,14 @@ def main() -> None:
         if not args.without_peers
     }
     check()
-    took = ours(args.repeats, pool, list(servers.values()))
+    jobs = {row: started(row, pool) for row in (*ROWS, MANY)}
+    futures.wait([job for job, _ in jobs.values()] + list(servers.values()))
+    took = ours(args.repeats, jobs)
     server(args.repeats)
     if servers:
         peers(servers, took)
+    print()
+    many(*jobs[MANY])
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ class Subspaces(NamedTuple):
 
     def leading(self, matrices: Flat, key: Array, finder: str, rank: int | None = None) -> Flat:
         """Bases of the leading singular subspaces of `matrices`, see `lowrank.leading_subspace`."""
-        return {
-            path: leading_subspace(
-                self.left(w), rank or self.rank, finder=finder, key=jax.random.fold_in(key, i)
-            )
-            for i, (path, w) in enumerate(matrices.items())
-        }
+        bases = {}
+        for i, paths in enumerate(tree.by_shape(matrices)):
+            stack, own = jnp.stack([self.left(matrices[path]) for path in paths]), jax.random.fold_in(key, i)
+            found = leading_subspace(stack, rank or self.rank, finder=finder, key=own)
+            bases |= dict(zip(paths, found, strict=True))
+        return bases
 
     def explored(self, matrices: Flat, key: Array) -> Flat:
         """Bases half of leading directions, half random: what is trained in them can leave their span."""
