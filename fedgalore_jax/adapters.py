@@ -84,7 +84,7 @@ def _merged_forward(x, kernels, dtype):
 
 
 def _merged_backward(dtype, kept, gradients):
-    """The kernels are merged again, so that none is kept; XLA drops what nobody asked the gradient of."""
+    """Thin products for factors; XLA merges each kernel once, and drops what nobody asked the gradient of."""
     del dtype
     x, kernels = kept
     total, changes = jnp.zeros_like(x), []
