@@ -38,16 +38,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def environment(devices: int) -> dict[str, str]:
+    """This process's, for one that has so many CPU devices."""
+    options = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": options}
+
+
 def start(flags: Sequence[str], processes: int, devices: int) -> list[Process]:
     """Starts all processes."""
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     joined = ["--distributed", f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
     started = []
     for i in range(processes):
         command = [sys.executable, str(ROOT / "run.py"), *joined, f"--process_id={i}", *flags]
         log = tempfile.TemporaryFile() if i else None  # noqa: SIM115
         # In a session of its own a process gets signals from here alone, and each of them once.
-        options = {"env": os.environ | settings, "start_new_session": True, "stderr": log}
+        options = {"env": environment(devices), "start_new_session": True, "stderr": log}
         handle = subprocess.Popen(command, stdout=subprocess.DEVNULL if i else None, **options)
         started.append(Process(handle, log))
     return started

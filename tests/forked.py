@@ -13,18 +13,20 @@ import pathlib
 import subprocess
 import sys
 
+from experiments.launch_local import environment
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Forked:
-    """The process that forks; each run's output goes to a file."""
+    """The process that forks; each run's output goes to a file, and each has so many devices."""
 
-    def __init__(self, cache: pathlib.Path):
-        settings = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        settings |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    def __init__(self, cache: pathlib.Path, devices: int = 1):
+        settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+        settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, __file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=os.environ | settings, cwd=ROOT, **pipes)
+        self.process = subprocess.Popen(command, env=environment(devices) | settings, cwd=ROOT, **pipes)
 
     def start(self, log: pathlib.Path, *args: str) -> int:
         """Starts `run.py` with arguments; its pid."""

@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments import flags as our_flags
 from experiments import report
 from experiments.launch import main
+from experiments.launch_local import environment
 from fedgalore_jax import blocks, checkpoint, folder, models, prepare, strategies, train
 from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
 from fedgalore_jax.models import configs, vit
@@ -391,8 +392,7 @@ def test_sigterm_ends_a_process_with_75(flags, whole, forked, tmp_path):
     assert records(out) == (records(whole) + records(out)[ROUNDS + 1 :])[: done + 1]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(17, marks=pytest.mark.slow)])
-def test_killed_at_any_instant(kills, flags, whole, forked, tmp_path):
+def killed(kills, forked, flags, whole, tmp_path):
     """SIGKILL at random, a few rounds further each time; where a run comes to its end, another begins."""
     rng, log, runs = random.Random(kills), tmp_path / "log", 0
     while True:
@@ -417,6 +417,23 @@ def test_killed_at_any_instant(kills, flags, whole, forked, tmp_path):
         if not kills:
             break
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(17, marks=pytest.mark.slow)])
+def test_killed_at_any_instant(kills, flags, whole, forked, tmp_path):
+    killed(kills, forked, flags, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["4x2", "8x1"])
+def test_killed_at_any_instant_on_a_mesh(mesh, flags, programs, tmp_path):
+    """Bit by bit the same too, with weights and memories in shares."""
+    flags = [*flags, "--clients=8", "--cohort=5", f"--mesh={mesh}"]
+    forked, whole = Forked(programs, 8), tmp_path / "whole"
+    forked.start(tmp_path / "log", *flags, f"--out_dir={whole}")
+    assert forked.status() == 0, (tmp_path / "log").read_text()
+    killed(6, forked, flags, whole, tmp_path)
+    forked.close()
 
 
 def tree(seed=0):
@@ -542,7 +559,6 @@ assert (tree["kernel"] == jax.random.normal(tree["key"], (200, 300))).all() and 
 def test_a_checkpoint_goes_onto_other_devices(tmp_path):
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, tree(1))
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-W", "error", "-c", RESTORE, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(4), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

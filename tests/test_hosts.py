@@ -165,13 +165,9 @@ def test_an_address_needs_others(capsys):
 
 def two(*out):
     """Two processes that share no memory."""
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = launch_local.environment(2) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "own_rows.py"), str(launch_local.free_port())]
-    options = {
-        "env": os.environ | settings | {"PYTHONPATH": str(ROOT)},
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
+    options = {"env": env, "stderr": subprocess.PIPE, "text": True}
     args = [[*command, str(i), *out[i : i + 1]] for i in (0, 1)]
     with subprocess.Popen(args[0], **options) as first, subprocess.Popen(args[1], **options) as second:
         for process in (first, second):

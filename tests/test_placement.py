@@ -1,6 +1,5 @@
 """One run on one device, on meshes of eight, and where its arrays lie there."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -15,6 +14,7 @@ import tiny_vit
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from experiments.launch_local import environment
 from fedgalore_jax import blocks, placement, tree
 from fedgalore_jax.config import Config
 
@@ -26,9 +26,8 @@ MESH = AbstractMesh((2, 4), placement.AXES)
 def eight(tmp_path_factory):
     """What a process with eight devices learned."""
     out = tmp_path_factory.mktemp("spread") / "out.npz"
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, str(ROOT / "tests" / "spread.py"), str(out)]
-    env = os.environ | settings | {"PYTHONPATH": str(ROOT)}
+    env = environment(8) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(np.load(out))
