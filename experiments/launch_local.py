@@ -10,11 +10,13 @@ import argparse
 import contextlib
 import os
 import pathlib
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
@@ -65,10 +67,10 @@ def wait(started: list[Process], grace: Callable[[], float]) -> int:
       started: the processes.
       grace: seconds that the others get then, before they are killed.
     """
-    failed: Process | None = None
-    while failed is None and any(process.handle.poll() is None for process in started):
-        time.sleep(0.05)
-        failed = next((process for process in started if process.handle.poll()), None)
+    ended: queue.SimpleQueue[Process] = queue.SimpleQueue()  # the others fail a moment later
+    for process in started:
+        threading.Thread(target=_report, args=(process, ended), daemon=True).start()
+    failed = next((process for process in (ended.get() for _ in started) if process.handle.returncode), None)
     deadline = time.monotonic() + grace()
     for process in started:
         try:
@@ -83,6 +85,11 @@ def wait(started: list[Process], grace: Callable[[], float]) -> int:
                 log.seek(0)
                 sys.stderr.write(log.read().decode(errors="replace"))
     return status if status >= 0 else 128 - status
+
+
+def _report(process: Process, ended: queue.SimpleQueue[Process]) -> None:
+    process.handle.wait()
+    ended.put(process)
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ coordinator, which hears of every process every few seconds, ends them.
 """
 
 import os
+import pathlib
 import sys
+import threading
 from typing import Any, NoReturn
 
 import jax
@@ -17,6 +19,10 @@ from fedgalore_jax.types import Tree
 
 JOINING, SILENCE, LEAVING = 120, 30, 30
 """Seconds: until all have come, without a sign of life, until all have left."""
+REMEDY = (
+    "start one on every host, and outside of TPU pods and SLURM give each --coordinator, --num_processes and"
+    " --process_id"
+)
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -28,22 +34,24 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
       process: which one this is, from 0. All three are found by JAX on TPU pods and under SLURM.
 
     Raises:
-      ValueError: they are not found, or not all processes have come in time.
+      ValueError: they are not found. Where not all have come in time, the process ends instead.
     """
+    alone = threading.Timer(JOINING, _alone)
+    alone.daemon = True
+    alone.start()
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
-            initialization_timeout=JOINING,
+            initialization_timeout=JOINING + SILENCE,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=LEAVING,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cannot join other processes ({error}): start one on every host, and outside of TPU pods and"
-            " SLURM give each --coordinator, --num_processes and --process_id"
-        ) from None
+        raise ValueError(f"cannot join other processes ({error}): {REMEDY}") from None
+    finally:
+        alone.cancel()
     said = sys.excepthook
 
     def end(*error: Any) -> None:
@@ -51,6 +59,13 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         leave(1)
 
     sys.excepthook = end
+
+
+def _alone() -> NoReturn:
+    """Ends a process that still waits for others; JAX itself, a little later, would abort it."""
+    line = f"not all processes have come in {JOINING} seconds: {REMEDY}"
+    print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def several() -> bool:

@@ -128,18 +128,40 @@ def test_one_that_dies_ends_all(going):
 
 
 @pytest.mark.slow
-def test_without_a_launcher_the_other_ends_too(flags, tmp_path):
+def test_an_error_of_one_ends_all_and_is_said(flags, tmp_path):
+    """The first alone looks into the folder."""
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    launcher = launch(*flags, f"--out_dir={tmp_path}", devices=1)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 2 and "is in use" in said and "Traceback" not in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_waits_in_vain_ends(process):
+    address = f"localhost:{launch_local.free_port()}"
+    code = f"from fedgalore_jax import hosts; hosts.JOINING = 2; hosts.join({address!r}, 2, {process})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "not all processes have come in 2 seconds: start one on every host" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_without_a_launcher_the_other_ends_too(dead, flags, tmp_path):
     started = launch_local.start([*flags, "--rounds=100000", f"--out_dir={tmp_path / 'out'}"], 2, 1)
     metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 4:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    started[1].handle.kill()
+    started[dead].handle.kill()
     try:
-        assert started[0].handle.wait(90) != 0
+        assert started[1 - dead].handle.wait(90) != 0
     finally:
-        started[0].handle.kill()
-        started[1].handle.wait()
+        for process in started:
+            process.handle.kill()
+            process.handle.wait()
         started[1].log.close()
 
 
