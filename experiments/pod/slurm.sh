@@ -11,9 +11,10 @@
 #SBATCH --signal=TERM@120
 #
 # SLURM sends SIGTERM two minutes before it takes the nodes away: the run saves a checkpoint, ends with status
-# 75, and is queued again. Any other failure of one process ends all.
+# 75, and is queued again. Any other failure of one process ends all: they end by themselves, and SLURM, which
+# would kill those that are a moment later and lose the 75, waits a minute before it does.
 set -uo pipefail
-srun --kill-on-bad-exit=1 .venv/bin/python run.py --distributed "$@"
+srun --kill-on-bad-exit=0 --wait=60 .venv/bin/python run.py --distributed "$@"
 status=$?
 [ "$status" = 75 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$status"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on all hosts of a TPU VM pod; the processes find each other. From the repository's folder, with gcloud:
+# A run on all hosts of a TPU VM pod; the processes find each other. From the folder of a fresh clone, with gcloud:
 #
 #   experiments/pod/tpu_vm.sh install NAME ZONE
 #   experiments/pod/tpu_vm.sh run NAME ZONE --mesh=32x8 --out_dir=/mnt/shared/runs/one --resume ...
