@@ -97,8 +97,12 @@ def test_smollm2_says_what_torch_says(directory):
         theirs = twin(**tensors).logits.numpy()[mask]
         del tensors["position_ids"]
         expected = twin.generate(**tensors, max_new_tokens=32, do_sample=False).numpy()[:, mask.shape[1] :]
-    error = np.abs(np.asarray(forward(fns)(params, inputs))[mask] - theirs).max()
-    assert error <= 1e-4 * np.abs(theirs).max(), error
+    # XLA's newer products on a CPU add up a whole column in turn, and round half as much again as torch's:
+    # with them logits of up to 32 differ by 1.4e-4, with the older ones by 8e-5. Torch's are 6e-5 from exact.
+    older = jax.jit(fns.apply, compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""})
+    for logits, largest in ((older(params, inputs), 1e-4), (forward(fns)(params, inputs), 2e-4)):
+        error = np.abs(np.asarray(logits)[mask] - theirs).max()
+        assert error <= largest, error
     ends = {"eos": fns.config.eos_token_id, "pad": fns.config.pad_token_id}
     tokens = models.generate(fns, params, inputs, max_new_tokens=32, **ends)
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
