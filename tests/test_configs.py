@@ -170,10 +170,11 @@ def is_refused(given, name):
 
 
 quick = settings(
-    max_examples=2, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=3, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
+@pytest.mark.slow  # here; the process with eight devices draws one device as well
 @quick
 @given(sound())
 def test_sound_configs_run_two_rounds(given):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problem import K, N, assert_close, plan, setup
+from test_checkpoint import TINY
 
 from fedgalore_jax import aggregators, config, plans, prepare, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import FederatedData, faults
+from fedgalore_jax.models import configs
 from fedgalore_jax.strategies.base import Upload
 
 ROWS = np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)
@@ -272,7 +274,9 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
 def unlucky():
     """A run, not begun, in whose second round nobody's upload is finite, and how many drop out of each."""
     sizes = {"rounds": 4, "clients": 5, "cohort": 4, "local_steps": 1}
-    ready = prepare.prepare(Config(method="fedavg", client_dropout=0.4, aggregator="median", seed=2, **sizes))
+    config = Config(method="fedavg", client_dropout=0.4, aggregator="median", lr=0.01, seed=2, **sizes)
+    fns = configs.family_of(TINY).build(TINY, scan_layers=True)
+    ready = prepare.prepare(config, model=(fns, fns.init(jax.random.key(0))))
     strategy = ready.machine.strategy
 
     def finish(download, local, memory, ops):
