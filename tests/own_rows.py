@@ -51,8 +51,8 @@ def travels(shape):
     mesh, process = placement.mesh(shape), jax.process_index()
     it, params = machine("memories", mesh, streams=True)
     it = it._replace(train={name: watched(x) for name, x in it.train.items()})
-    begin = lambda: engine.init(it.strategy, params, jax.random.key(0), N)  # noqa: E731
-    state, rng = jax.eval_shape(begin), np.random.default_rng(0)
+    state = jax.eval_shape(lambda: engine.init(it.strategy, params, jax.random.key(0), N))
+    rng = np.random.default_rng(0)
     store = jax.tree.map(lambda x: watched(rng.normal(size=x.shape).astype(x.dtype)), state.clients)
     state = state._replace(clients=store)
 

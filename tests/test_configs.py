@@ -197,7 +197,7 @@ def test_unsound_configs_are_refused_in_one_line(given):
 @pytest.mark.parametrize("which", ["few", pytest.param("many", marks=pytest.mark.slow)])
 def test_on_eight_devices(which):
     """In a process that has them, the tests above draw meshes of them."""
-    chosen = {"few": "two_rounds and not many or one_line", "many": "many"}[which]
+    chosen = {"few": "two_rounds and not many or one_line", "many": "many_sound"}[which]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-k", chosen, __file__]
     done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
