@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -94,15 +95,27 @@ def test_two_processes_are_as_good_as_one(flags, tmp_path):
     }
 
 
+def wait_for(lines, out, launcher):
+    """Until a run has written so much, or is at its end."""
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while launcher.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill_second(launcher):
+    """The launcher then kills the first."""
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+
+
 @pytest.fixture
 def going(flags, tmp_path):
     """Two processes in the middle of a run that does not end."""
     out = tmp_path / "out"
     launcher = launch(*flags, "--rounds=100000", "--eval_every=1", f"--out_dir={out}", devices=1)
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 4:
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
+    wait_for(4, out, launcher)
+    assert launcher.poll() is None
     yield launcher, out
     launcher.kill()
 
@@ -121,10 +134,29 @@ def test_sigterm_reaches_all_of_them(going):
 @pytest.mark.slow
 def test_one_that_dies_ends_all(going):
     launcher, _ = going
-    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+    kill_second(launcher)
     launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_bit_by_bit(flags, tmp_path):
+    flags, whole, out = [*flags, "--rounds=40", "--mesh=4x2"], tmp_path / "whole", tmp_path / "out"
+    said = (first := launch(*flags, f"--out_dir={whole}")).communicate()[0]
+    assert first.returncode == 0, said
+    rng = random.Random(0)
+    for lines in (3, 12, 25):
+        launcher = launch(*flags, f"--out_dir={out}", "--resume")
+        wait_for(lines, out, launcher)
+        time.sleep(rng.uniform(0, 0.2))
+        kill_second(launcher)
+        launcher.communicate(timeout=60)
+        assert launcher.returncode == 128 + signal.SIGKILL
+    said = (last := launch(*flags, f"--out_dir={out}", "--resume")).communicate()[0]
+    assert last.returncode == 0 and "going on from the checkpoint of round" in said, said
+    ours, theirs = ([record | {"seconds": 0} for record in records(path)] for path in (out, whole))
+    weights = "model/model.safetensors"
+    assert ours == theirs and (out / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 @pytest.mark.slow
@@ -151,10 +183,7 @@ def test_one_that_waits_in_vain_ends(process):
 @pytest.mark.parametrize("dead", [0, 1])
 def test_without_a_launcher_the_other_ends_too(dead, flags, tmp_path):
     started = launch_local.start([*flags, "--rounds=100000", f"--out_dir={tmp_path / 'out'}"], 2, 1)
-    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(4, tmp_path / "out", started[0].handle)
     started[dead].handle.kill()
     try:
         assert started[1 - dead].handle.wait(90) != 0
