@@ -1,8 +1,8 @@
 """Products with adapted kernels, and LoRA's initial factors.
 
 The base product stays un-batched when `vmap` maps over clients' factors only (docs/design.md, F3), so an
-adapter is merged into its kernel inside a client only where that moves fewer bytes, on a GPU (F8), and for as
-long as one product takes; `merge` is for the server and for export.
+adapter is merged into its kernel inside a client only where that moves fewer bytes (F8), and for as long as
+one product takes; `merge` is for the server and for export.
 """
 
 import functools
@@ -64,9 +64,9 @@ def _thin(x: Array, factors: Sequence[Array]) -> list[Array]:
 
 
 def _merging_pays(x: Array, kernels: Sequence[Array | Adapted]) -> bool:
-    """Whether a GPU moves fewer bytes with merged kernels: those of tokens outweigh those of kernels."""
+    """Whether fewer bytes move with merged kernels: those of tokens outweigh those of kernels."""
     sides = [min(kernel.base.shape) for kernel in kernels if isinstance(kernel, Adapted)]
-    return jax.default_backend() == "gpu" and math.prod(x.shape[:-1]) > max(sides, default=math.inf)
+    return math.prod(x.shape[:-1]) > max(sides, default=math.inf)
 
 
 _FEW = 16

@@ -7,6 +7,7 @@ Memories of clients stay on the devices while all of them fit. Where they do not
 host, and the clients of a block have theirs in *slots* on the devices, whose memory does not depend on N.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,8 +71,13 @@ def cut(config: Config, machine: engine.Engine, federation: FederatedData, memor
     return Blocks(rounds, slots, samples)
 
 
-def chunk(config: Config, shares: int) -> int:
+def chunk(config: Config, shares: int, activations: Callable[[], int]) -> int:
     """Clients trained at a time, so many on each share of a mesh; empty ones fill it up.
+
+    Args:
+      config: of the run; its `chunk`, where it names one.
+      shares: of a mesh, 1 without one.
+      activations: gives the bytes of them that a client's batch takes, see `engine.activations`.
 
     Raises:
       ValueError: `chunk` does not divide into shares.
@@ -80,6 +86,8 @@ def chunk(config: Config, shares: int) -> int:
         raise ValueError(
             f"chunk={config.chunk} is not usable with mesh={config.mesh!r}: give a multiple of {shares}"
         )
+    if config.chunk is None and shares == 1:
+        return engine.at_a_time(config.participants, activations)
     whole = min(config.chunk or config.participants, config.participants)
     return -(-whole // shares) * shares
 

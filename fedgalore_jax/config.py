@@ -67,7 +67,7 @@ class Config:
       trim: of "trimmed_mean", the share of clients dropped at each end; 0.3 if None.
       dp_clip: norm that a client's change is scaled down to (client-level DP-FedAvg); with `dp_noise`.
       dp_noise: standard deviation of the noise on the sum of changes, in multiples of `dp_clip`.
-      chunk: clients trained at a time (memory against speed); the whole cohort if None.
+      chunk: clients trained at a time; None is the whole cohort, and on a CPU as many as its caches serve.
       mesh: devices over which a run is spread, clients x model: with "8x1" each of eight trains an eighth of
         the cohort, with "4x2" two share the weights of each quarter; one device if None.
       eval_every: rounds between evaluations on the validation split.

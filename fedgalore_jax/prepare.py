@@ -99,13 +99,22 @@ def prepare(
         fns, params = load_model(config, task, dataset, mesh)
     else:
         fns, params = model[0], placement.weights(mesh, model[1])
+    train = engine.on_device(dataset.train, mesh, streams=hosts.several())
+
+    def loss(params, batch, key):
+        return task.loss(fns.apply(params, batch, key=key), batch)
+
     machine = engine.Engine(
         strategy,
-        lambda params, batch, key: task.loss(fns.apply(params, batch, key=key), batch),
-        engine.on_device(dataset.train, mesh, streams=hosts.several()),
+        loss,
+        train,
         config.clients,
         config.local_steps,
-        blocks.chunk(config, placement.shares(mesh)),
+        blocks.chunk(
+            config,
+            placement.shares(mesh),
+            lambda: engine.activations(loss, params, train, config.batch_size),
+        ),
         mesh,
         hosts.several(),
         defences.aggregator(config, strategy),

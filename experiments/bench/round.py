@@ -1,6 +1,6 @@
 """Seconds a round and peak memory of the client paths.
 
-python -m experiments.bench.round [--steps=10] [--repeats=5] [--variants=factored,dense] [SHAPE ...]
+python -m experiments.bench.round [--steps=10] [--repeats=5] [--chunk=C] [--variants=factored,dense] [SHAPE]
 
 Every variant has a process of its own (peak memory is a process's), and the processes take turns, a round
 each: the ratio column is the median over turns of this variant's seconds over dense's in the same turn. On
@@ -9,6 +9,7 @@ tokens: its products are what is measured.
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -86,7 +87,7 @@ def build(
       steps: K.
       clients: C.
       population: N, if others than the cohort are there; they share its samples.
-      chunk: clients trained at a time, C if None.
+      chunk: clients trained at a time; None as in a run.
       precision, scan_layers: of the model.
     """
     import jax
@@ -109,20 +110,22 @@ def build(
         inputs = {"pixel_values": rng.normal(size=pixels).astype(np.float32)}
     train = Split(inputs, rng.integers(0, LABELS, samples))
     method, options = VARIANTS[variant]
-    machine = classifier(fns, train, everyone, steps, chunk or clients, method, rank=RANK, **options)
+    machine = classifier(fns, train, everyone, steps, clients, method, rank=RANK, **options)
     params = jax.jit(fns.init)(jax.random.key(0))
+    each = functools.partial(engine.activations, machine.loss, params, machine.train, BATCH)
+    machine = machine._replace(chunk=chunk or engine.at_a_time(clients, each))
     state = engine.init(machine.strategy, params, jax.random.key(1), everyone)
     parts = [np.arange(BATCH) + BATCH * (i % clients) for i in range(everyone)]
     return machine, state, FederatedData(parts, 0).plan(range(1), clients, steps, BATCH)
 
 
-def serve(shape: str, variant: str, steps: int) -> None:
+def serve(shape: str, variant: str, steps: int, chunk: int | None = None) -> None:
     """One variant in this process: says what compiling took, then runs a round for every line it reads."""
     import jax
 
     from fedgalore_jax import engine
 
-    machine, state, plan = build(SHAPES[shape], variant, steps)
+    machine, state, plan = build(SHAPES[shape], variant, steps, chunk=chunk)
     began = time.perf_counter()
     rounds = engine.compiled(machine.rounds().lower(state, machine.train, plan, 1))
     compiled = time.perf_counter() - began
@@ -138,7 +141,7 @@ def serve(shape: str, variant: str, steps: int) -> None:
 class Server:
     """A process that runs rounds of one variant on demand, by the `serve` of this module or of another."""
 
-    def __init__(self, *args: str | int, module: str = "round"):
+    def __init__(self, *args: str | int | None, module: str = "round"):
         code = f"from experiments.bench.{module} import serve; serve(*{args!r})"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}; {', '.join(SMALL)} by default")
     parser.add_argument("--steps", type=int, default=10, help="local steps")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--chunk", type=int, help="clients trained at a time; as a run has it by default")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
     args = parser.parse_args()
     variants = args.variants.split(",")
@@ -171,7 +175,7 @@ def main() -> None:
         print(
             f"{'':16}{'s/round':>9}{'vs dense':>10}{'range':>16}{'peak MB':>9}{'temp MB':>9}{'compile s':>11}"
         )
-        servers = {variant: Server(shape, variant, args.steps) for variant in variants}
+        servers = {variant: Server(shape, variant, args.steps, args.chunk) for variant in variants}
         turns = [{v: server.round() for v, server in servers.items()} for _ in range(args.repeats)]
         for variant, server in servers.items():
             server.process.stdin.close()

@@ -17,13 +17,15 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+# Computed again for the backward pass: keeping the input alone is cheaper than keeping each term.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+_gelu_tanh = _again(functools.partial(jax.nn.gelu, approximate=True))
 ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu": _again(gelu),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "silu": _again(jax.nn.silu),
 }
 """By Hugging Face's `hidden_act`."""
 
