@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import spread
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.launch_local import environment
-from fedgalore_jax import blocks, placement, tree
+from fedgalore_jax import blocks, engine, placement, tree
 from fedgalore_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -95,8 +96,30 @@ def test_a_mesh_needs_its_devices():
 
 
 def test_every_device_trains_as_many_clients():
-    assert [
-        blocks.chunk(Config(clients=10, cohort=c, chunk=k), 4) for c, k in ((None, None), (3, None), (9, 4))
-    ] == [12, 4, 4]
+    def chunk(cohort, chunk, shares=4, activations=0):
+        return blocks.chunk(Config(clients=10, cohort=cohort, chunk=chunk), shares, lambda: activations)
+
+    assert [chunk(None, None), chunk(3, None), chunk(9, 4)] == [12, 4, 4]
     with pytest.raises(ValueError, match=r"chunk=6 is not usable with mesh='4x1': give a multiple of 4"):
-        blocks.chunk(Config(chunk=6, mesh="4x1"), 4)
+        blocks.chunk(Config(chunk=6, mesh="4x1"), 4, lambda: 0)
+
+
+def test_a_cpu_trains_as_many_clients_as_its_caches_serve(monkeypatch):
+    def chunk(activations, chunk=None):
+        return blocks.chunk(Config(clients=10, chunk=chunk), 1, lambda: activations)
+
+    assert [chunk(share * engine.NEAR // 100) for share in (1, 10, 30, 60, 200)] == [10, 10, 2, 1, 1]
+    assert chunk(engine.NEAR, 4) == 4
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chunk(engine.NEAR) == 10
+
+
+def test_activations_are_what_is_kept_of_a_batch():
+    """Of `x @ w`, squared: x for the kernel's gradient, and the product."""
+    params, train = {"w": jnp.ones((3, 2))}, {"x": np.ones((40, 3), np.float32)}
+
+    def loss(params, batch, key):
+        return jnp.square(batch["x"] @ params["w"]).sum()
+
+    found = [engine.activations(loss, params, train, size) for size in (8, 16)]
+    assert found[1] - found[0] == 4 * 8 * (3 + 2)
