@@ -64,12 +64,12 @@ def test_fedit_under_a_deadline():
     ["scaffold", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fedavg", "galore_avg", "fedsa_lora"))],
 )
 def test_everyone_on_time_is_the_method_itself(method):
-    """Bit for bit, with the memories of the clients."""
+    """With the memories of the clients. Two programs: the last bit of a number is the compiler's."""
     machine, rounds, state = setup("adel_fl", base=method, deadline=1e4)
     got, metrics = rounds(state, machine.train, plan(range(2)), 2)
     machine, rounds, state = setup(method)
     want, _ = rounds(state, machine.train, plan(range(2)), 2)
-    assert_close(got, want, 0)
+    assert_close(got, want, 1e-6)
     assert metrics["finished"].tolist() == [1, 1]
 
 
