@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedgalore_jax import engine, hosts, placement, tree
+from fedgalore_jax.client import Loss
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import FederatedData, Plan
 from fedgalore_jax.types import Array, Batch, Params, Tree
@@ -71,13 +72,13 @@ def cut(config: Config, machine: engine.Engine, federation: FederatedData, memor
     return Blocks(rounds, slots, samples)
 
 
-def chunk(config: Config, shares: int, activations: Callable[[], int]) -> int:
+def chunk(config: Config, shares: int, each: Callable[[], int]) -> int:
     """Clients trained at a time, so many on each share of a mesh; empty ones fill it up.
 
     Args:
       config: of the run; its `chunk`, where it names one.
       shares: of a mesh, 1 without one.
-      activations: gives the bytes of them that a client's batch takes, see `engine.activations`.
+      each: gives the bytes of `activations` that one client's batch takes.
 
     Raises:
       ValueError: `chunk` does not divide into shares.
@@ -87,9 +88,42 @@ def chunk(config: Config, shares: int, activations: Callable[[], int]) -> int:
             f"chunk={config.chunk} is not usable with mesh={config.mesh!r}: give a multiple of {shares}"
         )
     if config.chunk is None and shares == 1:
-        return engine.at_a_time(config.participants, activations)
+        return at_a_time(config.participants, each)
     whole = min(config.chunk or config.participants, config.participants)
     return -(-whole // shares) * shares
+
+
+NEAR = 2**27
+"""Bytes of activations up to which clients are trained together on a CPU. With more they wait for memory:
+eight of ViT-Tiny take a third longer at a time than one after the other (docs/design.md, F9)."""
+
+
+def at_a_time(clients: int, each: Callable[[], int]) -> int:
+    """How many of a round's clients to train together: all on an accelerator, on a CPU what `NEAR` holds.
+
+    Args:
+      clients: of a round.
+      each: gives the bytes of `activations` that one client's batch takes; called on a CPU alone.
+
+    Returns:
+      A divisor of `clients`, so that no place stays empty.
+    """
+    if jax.default_backend() != "cpu":
+        return clients
+    fit = max(1, NEAR // max(1, each()))
+    return max(size for size in range(1, clients + 1) if clients % size == 0 and size <= fit)
+
+
+def activations(loss: Loss, params: Params, train: Batch, size: int) -> int:
+    """Bytes that a backward pass is handed of a batch of so many samples, weights aside; nothing is run."""
+    batch = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in train.items()}
+    batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
+
+    def kept(params, batch, key):
+        return jax.vjp(lambda params: loss(params, batch, key), params)[1]
+
+    shapes = jax.eval_shape(kept, params, batch, jax.random.key(0))
+    return tree.nbytes(shapes) - tree.nbytes(params)
 
 
 def start(

@@ -4,7 +4,6 @@ The engine knows no strategy by name. Rounds up to the next evaluation are one c
 trip count: the same program runs one round or fifty.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -287,39 +286,6 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     # sooner.
     on_gpu = jax.default_backend() == "gpu"
     return lowered.compile({"xla_gpu_enable_triton_gemm": False} if on_gpu else None)
-
-
-NEAR = 2**27
-"""Bytes of activations up to which clients are trained together on a CPU. With more they wait for memory:
-eight of ViT-Tiny take a third longer at a time than one after the other (docs/design.md, F9)."""
-
-
-def at_a_time(clients: int, activations: Callable[[], int]) -> int:
-    """How many of a round's clients to train together: all on an accelerator, on a CPU what `NEAR` holds.
-
-    Args:
-      clients: of a round.
-      activations: gives the bytes of them that one client's batch takes; called on a CPU alone.
-
-    Returns:
-      A divisor of `clients`, so that no place stays empty.
-    """
-    if jax.default_backend() != "cpu":
-        return clients
-    fit = max(1, NEAR // max(1, activations()))
-    return max(size for size in range(1, clients + 1) if clients % size == 0 and size <= fit)
-
-
-def activations(loss: Loss, params: Params, train: Batch, size: int) -> int:
-    """Bytes that a backward pass is handed of a batch of so many samples, weights aside; nothing is run."""
-    batch = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in train.items()}
-    batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
-
-    def kept(params, batch, key):
-        return jax.vjp(lambda params: loss(params, batch, key), params)[1]
-
-    shapes = jax.eval_shape(kept, params, batch, jax.random.key(0))
-    return tree.nbytes(shapes) - tree.nbytes(params)
 
 
 def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool = False) -> Any:

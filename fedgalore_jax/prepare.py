@@ -113,7 +113,7 @@ def prepare(
         blocks.chunk(
             config,
             placement.shares(mesh),
-            lambda: engine.activations(loss, params, train, config.batch_size),
+            lambda: blocks.activations(loss, params, train, config.batch_size),
         ),
         mesh,
         hosts.several(),

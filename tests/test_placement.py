@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.launch_local import environment
-from fedgalore_jax import blocks, engine, placement, tree
+from fedgalore_jax import blocks, placement, tree
 from fedgalore_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -108,10 +108,10 @@ def test_a_cpu_trains_as_many_clients_as_its_caches_serve(monkeypatch):
     def chunk(activations, chunk=None):
         return blocks.chunk(Config(clients=10, chunk=chunk), 1, lambda: activations)
 
-    assert [chunk(share * engine.NEAR // 100) for share in (1, 10, 30, 60, 200)] == [10, 10, 2, 1, 1]
-    assert chunk(engine.NEAR, 4) == 4
+    assert [chunk(share * blocks.NEAR // 100) for share in (1, 10, 30, 60, 200)] == [10, 10, 2, 1, 1]
+    assert chunk(blocks.NEAR, 4) == 4
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert chunk(engine.NEAR) == 10
+    assert chunk(blocks.NEAR) == 10
 
 
 def test_activations_are_what_is_kept_of_a_batch():
@@ -121,5 +121,5 @@ def test_activations_are_what_is_kept_of_a_batch():
     def loss(params, batch, key):
         return jnp.square(batch["x"] @ params["w"]).sum()
 
-    found = [engine.activations(loss, params, train, size) for size in (8, 16)]
+    found = [blocks.activations(loss, params, train, size) for size in (8, 16)]
     assert found[1] - found[0] == 4 * 8 * (3 + 2)

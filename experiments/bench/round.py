@@ -1,6 +1,6 @@
 """Seconds a round and peak memory of the client paths.
 
-python -m experiments.bench.round [--steps=10] [--repeats=5] [--chunk=C] [--variants=factored,dense] [SHAPE]
+python -m experiments.bench.round [--steps=10] [--repeats=5] [--chunk=C] [--variants=V,...] [SHAPE ...]
 
 Every variant has a process of its own (peak memory is a process's), and the processes take turns, a round
 each: the ratio column is the median over turns of this variant's seconds over dense's in the same turn. On
@@ -93,7 +93,7 @@ def build(
     import jax
     import numpy as np
 
-    from fedgalore_jax import engine
+    from fedgalore_jax import blocks, engine
     from fedgalore_jax.data import FederatedData, Split
     from fedgalore_jax.models import roberta, vit
 
@@ -112,8 +112,8 @@ def build(
     method, options = VARIANTS[variant]
     machine = classifier(fns, train, everyone, steps, clients, method, rank=RANK, **options)
     params = jax.jit(fns.init)(jax.random.key(0))
-    each = functools.partial(engine.activations, machine.loss, params, machine.train, BATCH)
-    machine = machine._replace(chunk=chunk or engine.at_a_time(clients, each))
+    each = functools.partial(blocks.activations, machine.loss, params, machine.train, BATCH)
+    machine = machine._replace(chunk=chunk or blocks.at_a_time(clients, each))
     state = engine.init(machine.strategy, params, jax.random.key(1), everyone)
     parts = [np.arange(BATCH) + BATCH * (i % clients) for i in range(everyone)]
     return machine, state, FederatedData(parts, 0).plan(range(1), clients, steps, BATCH)
