@@ -13,7 +13,7 @@ import functools
 import os
 import time
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the rest is PyTorch's
 
@@ -95,8 +95,8 @@ def teraflop(row: Row) -> float:
     return 1e-12 * row.clients * STEPS * BATCH * tokens * (2 * kernels + 3 * attention)
 
 
-def compiled(row: Row) -> Any:
-    """A row's program and what it is called with."""
+def started(row: Row, pool: futures.Executor) -> tuple[futures.Future, tuple]:
+    """A row's program, being compiled beside others, and what it is called with."""
     machine, state, plan = build(
         SHAPES[row.shape], row.variant, STEPS, clients=row.clients, chunk=row.chunk, precision="bf16"
     )
@@ -106,13 +106,7 @@ def compiled(row: Row) -> Any:
         began = time.perf_counter()
         return engine.compiled(lowered), time.perf_counter() - began
 
-    return finish, (state, machine.train, plan, 1)
-
-
-def started(row: Row, pool: futures.Executor) -> tuple[futures.Future, tuple]:
-    """A row's program, being compiled beside others, and what it is called with."""
-    finish, args = compiled(row)
-    return pool.submit(finish), args
+    return pool.submit(finish), (state, machine.train, plan, 1)
 
 
 def show(row: Row, took: float, job: futures.Future) -> None:

@@ -155,6 +155,23 @@ def serve(shape: str, variant: str, steps: int, clients: int = CLIENTS) -> None:
         )
 
 
+def compare(shape: str, steps: int, repeats: int) -> None:
+    """Prints a shape's table."""
+    print(f"\n{shape}: {CLIENTS} clients x {steps} steps x batch {BATCH}, rank {RANK}")
+    print(f"{'PyTorch':14}{'s/round':>9}{'MB':>7}   {'ours':14}{'s/round':>9}{'MB':>7}{'ratio':>7}")
+    for peer, ours in PEERS.items():
+        Server(shape, ours, steps).process.communicate()  # fills the cache
+        pair = Server(shape, peer, steps, module="peers"), Server(shape, ours, steps)
+        turns = [[server.round() for server in pair] for _ in range(repeats)]
+        for server in pair:
+            server.process.stdin.close()
+        (theirs, their_mb), (own, own_mb) = (
+            (statistics.median(t[i][0] for t in turns), turns[-1][i][1]) for i in (0, 1)
+        )
+        ratio = statistics.median(t[0][0] / t[1][0] for t in turns)
+        print(f"{peer:14}{theirs:9.2f}{their_mb:7.0f}   {ours:14}{own:9.2f}{own_mb:7.0f}{ratio:7.2f}")
+
+
 def main() -> None:
     """Prints one table per shape."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,19 +186,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         for shape in args.shapes or SMALL[1:]:
-            print(f"\n{shape}: {CLIENTS} clients x {args.steps} steps x batch {BATCH}, rank {RANK}")
-            print(f"{'PyTorch':14}{'s/round':>9}{'MB':>7}   {'ours':14}{'s/round':>9}{'MB':>7}{'ratio':>7}")
-            for peer, ours in PEERS.items():
-                Server(shape, ours, args.steps).process.communicate()  # fills the cache
-                pair = Server(shape, peer, args.steps, module="peers"), Server(shape, ours, args.steps)
-                turns = [[server.round() for server in pair] for _ in range(args.repeats)]
-                for server in pair:
-                    server.process.stdin.close()
-                (theirs, their_mb), (own, own_mb) = (
-                    (statistics.median(t[i][0] for t in turns), turns[-1][i][1]) for i in (0, 1)
-                )
-                ratio = statistics.median(t[0][0] / t[1][0] for t in turns)
-                print(f"{peer:14}{theirs:9.2f}{their_mb:7.0f}   {ours:14}{own:9.2f}{own_mb:7.0f}{ratio:7.2f}")
+            compare(shape, args.steps, args.repeats)
 
 
 if __name__ == "__main__":
