@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.launch import guarded
 from fedgalore_jax import models, tree
-from fedgalore_jax.data.tokens import default_cache
+from fedgalore_jax.data.cache import default_cache
 from fedgalore_jax.models import llama
 
 

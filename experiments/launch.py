@@ -26,7 +26,7 @@ def reuse_programs() -> None:
     that differs in nothing but numbers, does not compile again."""
     import jax
 
-    from fedgalore_jax.data.tokens import default_cache
+    from fedgalore_jax.data.cache import default_cache
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache() / "programs"))

@@ -1,7 +1,7 @@
 """Blocks of rounds, each one call of a run's program: its plan, and what travels to the devices and back.
 
-The training set is on the devices. With several processes each block's samples travel instead, only to the
-devices that train their client.
+The training set is on the devices. With several processes, or where it is large, each block's samples travel
+instead, only to the devices that train their client.
 
 Memories of clients stay on the devices while all of them fit. Where they do not, they are NumPy arrays on the
 host, and the clients of a block have theirs in *slots* on the devices, whose memory does not depend on N.
@@ -18,13 +18,15 @@ import numpy as np
 from fedgalore_jax import engine, hosts, placement, tree
 from fedgalore_jax.client import Loss
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import FederatedData, Plan
+from fedgalore_jax.data import FederatedData, Plan, Split
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
 ROUNDS = 50
 """Most rounds of a block."""
 RESIDENT = 1 << 30
 """Bytes of clients' memories that the devices keep, and of what travels with a block."""
+TRAINING_SET = 1 << 33
+"""Bytes of a training set that the devices keep, each all of it."""
 AT_A_TIME = 64
 """Clients whose first memories are made together."""
 
@@ -35,18 +37,23 @@ class Blocks(NamedTuple):
     Attributes:
       rounds: most of a block, the rows of every plan.
       slots: of clients' memories on the devices; None where all N are there.
-      samples: of each client that travel with a block; None where the training set is on the devices.
+      samples: of each client that travel with a block; 0 where the training set is on the devices.
     """
 
     rounds: int
     slots: int | None
-    samples: int | None
+    samples: int
 
     def on_devices(self, memories: Tree) -> Tree:
         """Shapes of the memories there, given those of all clients."""
         if self.slots is None:
             return memories
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.slots, *x.shape[1:]), x.dtype), memories)
+
+
+def streams(train: Split) -> bool:
+    """Whether training data travel with each block."""
+    return hosts.several() or sum(x.nbytes for x in train.arrays.values()) > TRAINING_SET
 
 
 def cut(config: Config, machine: engine.Engine, federation: FederatedData, memories: Tree) -> Blocks:
@@ -58,10 +65,10 @@ def cut(config: Config, machine: engine.Engine, federation: FederatedData, memor
       federation: whose samples are whose.
       memories: shapes of all clients' memories, rows `[N, ...]`.
     """
-    rounds, samples, slots = min(config.eval_every, ROUNDS, config.rounds), None, None
+    rounds, samples, slots = min(config.eval_every, ROUNDS, config.rounds), 0, None
     if machine.streams:
         samples = min(config.local_steps * config.batch_size, max(map(len, federation.parts)))
-        sample = tree.nbytes(jax.tree.map(lambda x: x[0], machine.train))
+        sample = sum(x.nbytes // len(x) for x in machine.train.values())
         rounds = max(1, min(rounds, RESIDENT // (config.participants * samples * sample)))
     if (needed := tree.nbytes(memories)) > RESIDENT:
         one, shares = needed // config.clients, placement.shares(machine.mesh)
@@ -207,14 +214,15 @@ def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Pla
 
     Samples that travel go to the devices that train their client; no other process gathers them.
     """
-    if blocks.samples is None or machine.mesh is None:
+    if not machine.streams:
         return machine.train, plan
     rounds, clients, *batches = plan.samples.shape
-    rows, samples = np.zeros((rounds, clients, blocks.samples), np.int32), np.zeros_like(plan.samples)
+    rows = np.zeros((rounds, clients, blocks.samples), np.int32)
+    samples = np.zeros_like(plan.samples)
     for r, c in np.ndindex(rounds, clients):
         own, place = np.unique(plan.samples[r, c], return_inverse=True)
         rows[r, c, : len(own)], samples[r, c] = own, place.reshape(batches)
     rows = rows.reshape(rounds, -1, machine.chunk, blocks.samples)
-    where = placement.along(machine.mesh, 2)
+    where = machine.mesh and placement.along(machine.mesh, 2)
     own = {name: placement.rows(x, rows, where) for name, x in machine.train.items()}
     return own, plan._replace(samples=samples)

@@ -292,6 +292,5 @@ def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool
     """A split as the engine takes it: inputs and labels in one dict, of device arrays unless it streams."""
     if streams:
         return split.arrays
-    if mesh is None:
-        return {name: jnp.asarray(x) for name, x in split.arrays.items()}
-    return {name: placement.put(x, placement.whole(mesh)) for name, x in split.arrays.items()}
+    everywhere = None if mesh is None else placement.whole(mesh)
+    return {name: placement.put(np.asarray(x), everywhere) for name, x in split.arrays.items()}

@@ -1,6 +1,6 @@
 """What a model is worth on a split: outputs reduced on the device, metrics from all of them at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from fedgalore_jax.types import Params
 
 GENERATE_BATCH = 32
 """Prompts answered at a time."""
+AT_ONCE = 1 << 30
+"""Bytes of a split that the devices are given at a time."""
 
 
 class Evaluator(NamedTuple):
@@ -37,9 +39,12 @@ class Evaluator(NamedTuple):
         spread = None if self.mesh is None else placement.along(self.mesh, 1)
         rows, parts = [], []
         for where, part in split_by_length(split):
-            batches = in_batches(part.arrays, self.batch)
-            batches = {name: placement.put(x, spread) for name, x in batches.items()}
-            out = np.asarray(self.program(state, batches))
+            each = sum(x.nbytes // len(x) for x in part.arrays.values()) * self.batch
+            outs = []
+            for batches in in_batches(where, self.batch, max(1, AT_ONCE // each)):
+                given = {name: placement.rows(x, batches, spread) for name, x in part.arrays.items()}
+                outs.append(np.asarray(self.program(state, given)))
+            out = np.concatenate(outs)
             parts.append(out.reshape(-1, *out.shape[2:])[: len(where)])
             rows.append(where)
         outputs = np.concatenate(parts)
@@ -47,7 +52,7 @@ class Evaluator(NamedTuple):
 
     def metrics(self, state: Any, split: Split) -> dict[str, float]:
         """The task's metrics on a split."""
-        return self.task.metrics(self.outputs(state, split), split.labels)
+        return self.task.metrics(self.outputs(state, split), np.asarray(split.labels))
 
 
 def evaluator(
@@ -77,14 +82,18 @@ def evaluator(
     return Evaluator(jax.jit(outputs), task, -(-task.eval_batch // shares) * shares, mesh)
 
 
-def in_batches(inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """Cuts `[n, ...]` into `[batches, B, ...]`, the last batch filled up with samples from the start."""
+def in_batches(rows: np.ndarray, batch_size: int, most: int) -> np.ndarray:
+    """Cuts numbers of rows into calls of so many batches at most, filled up from the start.
 
-    def cut(x):
-        batches = -(-len(x) // batch_size)
-        return np.resize(x, (batches * batch_size, *x.shape[1:])).reshape(batches, batch_size, *x.shape[1:])
+    Returns:
+      `[calls, batches, B]`.
 
-    return {name: cut(x) for name, x in inputs.items()}
+    >>> in_batches(np.arange(5), 2, 2).tolist()
+    [[[0, 1], [2, 3]], [[4, 0], [1, 2]]]
+    """
+    batches = -(-len(rows) // batch_size)
+    calls = -(-batches // most)
+    return np.resize(rows, (calls, -(-batches // calls), batch_size))
 
 
 def personal_metrics(
@@ -105,7 +114,7 @@ def personal_metrics(
         memory = jax.tree.map(lambda x, client=client: x[client], clients)
         found.append((rows, evaluator.outputs((server, memory), split.take(rows))))
     rows, outputs = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return evaluator.task.metrics(outputs[np.argsort(rows)], split.labels)
+    return evaluator.task.metrics(outputs[np.argsort(rows)], np.asarray(split.labels))
 
 
 def test_metrics(
@@ -129,12 +138,11 @@ def test_metrics(
 def generated(fns: models.ModelFns, params: Params, generation: Generation) -> list[str]:
     """Greedy answers to all prompts, as texts."""
     texts: list[str] = []
-    batches = in_batches(generation.inputs, GENERATE_BATCH)
-    for i in range(len(batches["input_ids"])):
+    for rows in in_batches(np.arange(len(generation.references)), GENERATE_BATCH, 1):
         tokens = models.generate(
             fns,
             params,
-            {name: jnp.asarray(x[i]) for name, x in batches.items()},
+            {name: jnp.asarray(x[rows[0]]) for name, x in generation.inputs.items()},
             max_new_tokens=generation.max_new_tokens,
             eos=generation.eos,
             pad=generation.pad,

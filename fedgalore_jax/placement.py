@@ -183,17 +183,19 @@ def put(x: Any, sharding: jax.sharding.Sharding | None) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda where: np.asarray(x[where]))
 
 
-def rows(x: Any, ids: np.ndarray, sharding: NamedSharding) -> Array:
+def rows(x: Any, ids: np.ndarray, sharding: NamedSharding | None) -> Array:
     """Rows `x[ids]` of a host's array on its devices.
 
     Every process gives the same. It gathers and transfers the rows of its own devices alone, once for all
     devices that have the same: JAX asks for the shares of a process's devices only, wherever a mesh has them.
 
     Args:
-      x: NumPy's, `[n, ...]`.
+      x: NumPy's, or read by the row as those are, `[n, ...]`.
       ids: rows of it, of any shape.
-      sharding: of `[*ids.shape, ...]`.
+      sharding: of `[*ids.shape, ...]`; None without a mesh.
     """
+    if sharding is None:
+        return jax.device_put(x[ids])
     gathered: dict[str, np.ndarray] = {}
 
     def share(where: Any) -> np.ndarray:

@@ -26,9 +26,9 @@ from fedgalore_jax import (
 )
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, FederatedData, Source, packages, partition
+from fedgalore_jax.data.cache import default_cache
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
-from fedgalore_jax.data.tokens import default_cache
 from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
 from fedgalore_jax.plans import plan
 from fedgalore_jax.strategies.base import ROLES, Common
@@ -99,7 +99,8 @@ def prepare(
         fns, params = load_model(config, task, dataset, mesh)
     else:
         fns, params = model[0], placement.weights(mesh, model[1])
-    train = engine.on_device(dataset.train, mesh, streams=hosts.several())
+    streams = blocks.streams(dataset.train)
+    train = engine.on_device(dataset.train, mesh, streams=streams)
 
     def loss(params, batch, key):
         return task.loss(fns.apply(params, batch, key=key), batch)
@@ -116,7 +117,7 @@ def prepare(
             lambda: blocks.activations(loss, params, train, config.batch_size),
         ),
         mesh,
-        hosts.several(),
+        streams,
         defences.aggregator(config, strategy),
     )
     state = jax.eval_shape(lambda: blocks.start(config, machine, params))

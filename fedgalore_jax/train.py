@@ -347,7 +347,7 @@ class _Loop:
             return self.evaluator.metrics(state.server, split)
         parts, classes = self.prepared.federation.parts, self.prepared.dataset.classes
         rng = np.random.default_rng([self.config.seed, OWNERS])
-        whose = owners(split.labels, parts, classes, rng)
+        whose = owners(np.asarray(split.labels), parts, classes, rng)
         return personal_metrics(self.evaluator, state.server, state.clients, split, whose)
 
     def write(self, record: dict[str, Any], history: list) -> None:

@@ -47,7 +47,7 @@ def run(name, mesh=None, streams=False):
     it, params = machine(name, mesh, streams)
     state = engine.init(it.strategy, params, jax.random.key(0), N, mesh)
     plan = FederatedData(np.split(np.arange(60), N), 3).plan(range(2), COHORT, K, B, it.chunk)
-    train, plan = blocks.load(it, plan, blocks.Blocks(2, None, 6 if streams else None))
+    train, plan = blocks.load(it, plan, blocks.Blocks(2, None, 6 if streams else 0))
     program = it.rounds().lower(state, train, plan, 2).compile()
     after, metrics = program(state, train, plan, 2)
     for (path, new), (_, old) in zip(*map(jax.tree.leaves_with_path, (after, state)), strict=True):

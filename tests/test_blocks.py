@@ -28,8 +28,8 @@ def test_memories_on_the_host_are_the_same(scaffold):
     state = whole._replace(clients=store)
     for t in range(4):
         rows = plan(range(t, t + 1), COHORT, COHORT)
-        whole, wanted = blocks.advance(rounds, machine, whole, rows, 1, Blocks(1, None, None))
-        state, metrics = blocks.advance(rounds, machine, state, rows, 1, Blocks(1, COHORT + 1, None))
+        whole, wanted = blocks.advance(rounds, machine, whole, rows, 1, Blocks(1, None, 0))
+        state, metrics = blocks.advance(rounds, machine, state, rows, 1, Blocks(1, COHORT + 1, 0))
         assert state.clients is store
         assert_close((state, metrics), (whole, wanted), 0)
     assert sorted(state.last.tolist()) == [-1, 1, 2, 3, 3]  # some came back, and one never came
@@ -40,7 +40,7 @@ def test_a_state_apart_stays_as_it_is(scaffold):
     state = state._replace(clients=blocks.on_host(machine, params(), N))
     kept, before = tree.apart(state), jax.tree.map(np.copy, state.clients)
     state, _ = blocks.advance(
-        rounds, machine, state, plan(range(1), COHORT, COHORT), 1, Blocks(1, COHORT + 1, None)
+        rounds, machine, state, plan(range(1), COHORT, COHORT), 1, Blocks(1, COHORT + 1, 0)
     )
     assert_close(kept.clients, before, 0)
     assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (state.clients, before)), strict=True))
@@ -53,6 +53,6 @@ def test_a_block_is_cut_to_what_fits(scaffold, monkeypatch):
     one = tree.nbytes(shapes) // N
     for room, wanted in ((N, (20, None)), (N - 1, (2, 4)), (3, (1, 2)), (0, (1, 2))):
         monkeypatch.setattr(blocks, "RESIDENT", room * one)
-        assert blocks.cut(config, machine, federation(), shapes) == Blocks(*wanted, None), room
+        assert blocks.cut(config, machine, federation(), shapes) == Blocks(*wanted, 0), room
     everyone = dataclasses.replace(config, cohort=N)
-    assert blocks.cut(everyone, machine, federation(), shapes) == Blocks(20, None, None)
+    assert blocks.cut(everyone, machine, federation(), shapes) == Blocks(20, None, 0)

@@ -9,7 +9,7 @@ import pytest
 import tiny_vit
 from test_launch import SMALL, launch, lines
 
-from fedgalore_jax import models, prepare, tasks, train
+from fedgalore_jax import evaluation, models, prepare, tasks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Generation, Split, digits
 from fedgalore_jax.data.federated import OWNERS
@@ -23,7 +23,7 @@ def quiet(**changes):
     return train.run(Config(**(SHAPE | changes)), say=lambda line: None)
 
 
-def test_outputs_come_back_in_order_whatever_the_buckets():
+def test_outputs_come_back_in_order_whatever_the_buckets(monkeypatch):
     """A model that adds up its tokens; lengths from 1 to 70 fall into several buckets and batches."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 70, 23)
@@ -37,15 +37,19 @@ def test_outputs_come_back_in_order_whatever_the_buckets():
         return params * inputs["input_ids"].sum(1, keepdims=True)
 
     task = tasks.get("digits")._replace(eval_batch=4)
-    got = evaluator(task, models.ModelFns(None, lambda key: None, apply)).outputs(jnp.int32(3), split)
-    np.testing.assert_array_equal(got[:, 0], 3 * tokens.sum(1))
+    it = evaluator(task, models.ModelFns(None, lambda key: None, apply))
+    np.testing.assert_array_equal(it.outputs(jnp.int32(3), split)[:, 0], 3 * tokens.sum(1))
+    monkeypatch.setattr(evaluation, "AT_ONCE", 0)  # a batch at a time
+    np.testing.assert_array_equal(it.outputs(jnp.int32(3), split)[:, 0], 3 * tokens.sum(1))
     assert len({shape[1] for shape in seen}) > 2 and max(shape[0] for shape in seen) <= 4
 
 
 def test_batches_hold_every_sample_in_one_shape():
-    cut = in_batches({"x": np.arange(10)}, 4)["x"]
-    assert cut.shape == (3, 4) and cut.reshape(-1)[:10].tolist() == list(range(10))
-    assert in_batches({"x": np.arange(3)}, 4)["x"].tolist() == [[0, 1, 2, 0]]
+    cut = in_batches(np.arange(10), 4, 9)
+    assert cut.shape == (1, 3, 4) and cut.reshape(-1)[:10].tolist() == list(range(10))
+    assert in_batches(np.arange(3), 4, 9).tolist() == [[[0, 1, 2, 0]]]
+    cut = in_batches(np.arange(21), 4, 4)
+    assert cut.shape == (2, 3, 4) and cut.reshape(-1)[:21].tolist() == list(range(21))
 
 
 def test_the_best_model_on_validation_is_kept():

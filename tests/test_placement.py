@@ -45,6 +45,14 @@ def test_eight_devices_are_as_good_as_one(eight, name):
         np.testing.assert_allclose(found, x, rtol=0, atol=1e-10 if wide else 1e-5, err_msg=path)
 
 
+def test_data_that_travel_to_one_device_are_the_same():
+    """As where a training set is large."""
+    with jax.enable_x64(True):
+        here, there = (spread.run("memories", streams=streams)[0] for streams in (False, True))
+    for path, x in here.items():
+        np.testing.assert_array_equal(there[path], x, err_msg=path)
+
+
 def test_weights_stay_apart(eight):
     """Each device holds its share of a kernel, and no device makes one whole in a round."""
     assert tuple(eight["rows of clients|share"]) == (3, 20, 12)

@@ -70,8 +70,8 @@ def test_glue_from_a_folder_of_its_schema(name, model, tmp_path):
     data = task.load(Source(model, str(tmp_path)))
     assert [len(s.labels) for s in data[:3]] == [38, 2, 40]
     assert data.num_labels == count and ("mismatched" in data.more_tests) == (name == "mnli")
-    pair = data.train.inputs["token_type_ids"].max() == 1
-    empty = data.test.inputs["attention_mask"].sum(1) == len(where.texts) + 1
+    pair = data.train.inputs["token_type_ids"][:].max() == 1
+    empty = data.test.inputs["attention_mask"][:].sum(1) == len(where.texts) + 1
     assert np.flatnonzero(empty).tolist() == [7]  # QQP has such questions
     assert pair == (len(where.texts) == 2)
     regression = name == "stsb"
@@ -85,27 +85,25 @@ def test_long_texts_are_cut_to_the_positions_and_counted(tmp_path):
     model = tiny_tokenizer.encoder(tmp_path / "m", model_type="roberta", pad_token_id=1)
     rows = [*ROWS, ("a long story " * 50, "good", "c0")]
     data = TEXT.load(Source(model, write(tmp_path / "a.jsonl", rows), max_length=64))
-    longest = max(split.inputs["attention_mask"].sum(1).max() for split in data[:3])
+    longest = max(split.inputs["attention_mask"][:].sum(1).max() for split in data[:3])
     assert longest == 30 and [note for note in data.notes if "1 of" in note and "30 tokens" in note]
 
 
 def test_the_cache_is_used_keyed_and_rebuilt(model, tmp_path, monkeypatch):
     cache, texts = tmp_path / "cache", ["a good film", "a bad film"]
-    first = tokens.encode(model, texts, None, 32, cache)
-    (file,) = cache.iterdir()
+    first = np.array(tokens.encode(model, texts, None, 32, cache).ids)
+    (kept,) = cache.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "tokenizer", None)
-        np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first.ids)
-    file.write_bytes(file.read_bytes()[:100])
-    np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first.ids)
+        np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first)
+    (kept / "ids.npy").write_bytes((kept / "ids.npy").read_bytes()[:100])
+    np.testing.assert_array_equal(tokens.encode(model, texts, None, 32, cache).ids, first)
     tokens.encode(model, texts, None, 4, cache)
     tokens.encode(model, texts[:1], None, 32, cache)
     tokens.encode(shutil.copytree(model, tmp_path / "other"), texts, None, 32, cache)  # the same key
     (tmp_path / "other" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     tokens.encode(tmp_path / "other", texts, None, 32, cache)
-    assert len(list(cache.glob("*.npz"))) == 4 and not list(cache.glob("*.partial"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tokens.default_cache() == tmp_path / "fedgalore_jax"
+    assert len(list(cache.iterdir())) == 4 and not list(cache.glob("*.partial"))
 
 
 def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
@@ -123,7 +121,7 @@ def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
         length = part.inputs["input_ids"].shape[1]
         assert length in buckets.LENGTHS
         for name, x in part.inputs.items():
-            np.testing.assert_array_equal(x, wide.inputs[name][rows][:, :length])
+            np.testing.assert_array_equal(x, wide.inputs[name][:, :length])
             assert (wide.inputs["attention_mask"][rows][:, length:] == 0).all()
 
 

@@ -60,7 +60,7 @@ def measure(method: str, clients: int, cohort: int, *, on_host: bool, rounds: in
     from fedgalore_jax.progress import human
 
     made, params, federation = machine(method, clients, **options)
-    cut = blocks.Blocks(1, cohort if on_host else None, None)
+    cut = blocks.Blocks(1, cohort if on_host else None, 0)
     state = engine.init(made.strategy, params, jax.random.key(1), clients, remember=not on_host)
     if on_host:
         state = state._replace(clients=blocks.on_host(made, params, clients))

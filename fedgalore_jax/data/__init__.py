@@ -3,6 +3,7 @@
 from fedgalore_jax.data.buckets import split_by_length
 from fedgalore_jax.data.dataset import IGNORE, Asked, Dataset, Generation, Source, Split
 from fedgalore_jax.data.federated import FederatedData, Plan
+from fedgalore_jax.data.padded import Rows
 from fedgalore_jax.data.partition import PARTITIONS, partition
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FederatedData",
     "Generation",
     "Plan",
+    "Rows",
     "Source",
     "Split",
     "partition",

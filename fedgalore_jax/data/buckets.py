@@ -18,11 +18,11 @@ def bucket(length: int) -> int:
     return next((b for b in LENGTHS if length <= b), -(-length // 256) * 256)
 
 
-def pad(rows: list, length: int, value: int, *, left: bool = False) -> np.ndarray:
-    """Rows of different lengths as one `[n, length]` int32 array."""
+def pad_left(rows: list, length: int, value: int) -> np.ndarray:
+    """Rows of different lengths as one `[n, length]` int32 array that ends with them."""
     out = np.full((len(rows), length), value, np.int32)
     for target, row in zip(out, rows, strict=True):
-        target[slice(length - len(row), length) if left else slice(0, len(row))] = row
+        target[length - len(row) :] = row
     return out
 
 
@@ -33,20 +33,18 @@ def split_by_length(split: Split) -> list[tuple[np.ndarray, Split]]:
       split: with an `attention_mask [n, L]`; any other split is one bucket.
 
     Returns:
-      `(rows, split)` a bucket: which rows of the whole split, and these cut to the bucket's length.
+      `(rows, split)` a bucket: which rows of the split, and all of it cut to the bucket's length, unread.
     """
     mask = split.inputs.get("attention_mask")
     if mask is None:
         return [(np.arange(len(split.labels)), split)]
-    whole = mask.shape[1]
+    whole, mask = mask.shape[1], np.asarray(mask)
     # The last real token, not their number: a hole in the mask must not cut what follows it.
     lengths = (mask * np.arange(1, whole + 1)).max(1)
     sizes = np.minimum([bucket(int(length)) for length in lengths], whole)
     out = []
     for size in np.unique(sizes):
-        rows = np.flatnonzero(sizes == size)
-        part = split.take(rows)
-        inputs = {k: x[:, :size] if k in SEQUENCES else x for k, x in part.inputs.items()}
-        labels = part.labels[:, :size] if part.labels.ndim == 2 else part.labels
-        out.append((rows, Split(inputs, labels)))
+        inputs = {k: x[:, :size] if k in SEQUENCES else x for k, x in split.inputs.items()}
+        labels = split.labels[:, :size] if split.labels.ndim == 2 else split.labels
+        out.append((np.flatnonzero(sizes == size), Split(inputs, labels)))
     return out

@@ -1,10 +1,12 @@
-"""A data set in memory, and what a loader is told."""
+"""A data set, and what a loader is told."""
 
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from fedgalore_jax.data.padded import Rows
 
 IGNORE = -100
 """A label of `[n, L]` labels where no loss is taken, as Hugging Face's and PyTorch's losses have it."""
@@ -23,7 +25,7 @@ class Source(NamedTuple):
       client_column: of a user's table, the natural key of a partition; None for none.
       max_length: tokens at most; the task's default if None. The model's positions bound it anyway.
       seed: of every split that the data do not come with.
-      cache: folder of tokenised data, or None to keep nothing.
+      cache: folder of tokenised texts and decoded images, or None to keep nothing.
     """
 
     model: pathlib.Path
@@ -40,15 +42,16 @@ class Split(NamedTuple):
     """Samples.
 
     Attributes:
-      inputs: model inputs by their Hugging Face names, each `[n, ...]`.
+      inputs: model inputs by their Hugging Face names, each `[n, ...]`. What loaders kept on disk is read by
+        the row, when it is asked for.
       labels: `[n]` integer classes, `[n]` float32 targets, or `[n, L]` token ids with `IGNORE`.
     """
 
-    inputs: dict[str, np.ndarray]
-    labels: np.ndarray
+    inputs: dict[str, Rows]
+    labels: Rows
 
     @property
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Rows]:
         """Inputs and labels in one dict."""
         return self.inputs | {"labels": self.labels}
 

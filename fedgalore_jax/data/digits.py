@@ -21,7 +21,7 @@ def load() -> Dataset:
     train, validation, test = _split(
         *_uci(), np.split(np.random.default_rng(0).permutation(1797), [1200, 1400])
     )
-    return Dataset(train, validation, test, 10, train.labels, NAMES)
+    return Dataset(train, validation, test, 10, np.asarray(train.labels), NAMES)
 
 
 def domains() -> Dataset:
@@ -41,7 +41,7 @@ def domains() -> Dataset:
     train, validation, test = (_join([splits[name][i] for name in DOMAINS]) for i in range(3))
     sizes = [len(splits[name][0].labels) for name in DOMAINS]
     return Dataset(
-        train, validation, test, 10, train.labels, NAMES,
+        train, validation, test, 10, np.asarray(train.labels), NAMES,
         np.repeat(np.arange(3, dtype=np.int32), sizes), DOMAINS,
         {name: splits[name][2] for name in DOMAINS},
     )  # fmt: skip

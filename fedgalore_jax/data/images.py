@@ -4,6 +4,7 @@ Pixels stay the bytes they were, `[n, H, W, C]` uint8: a quarter of the memory o
 the device. The model knows its own mean and standard deviation and normalises bytes as it reads them.
 """
 
+import hashlib
 import io
 import json
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgalore_jax.data import tables
+from fedgalore_jax.data.cache import Arrays, Empty, cached
 from fedgalore_jax.data.dataset import Asked, Dataset, Source, Split, split_rows
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
@@ -55,8 +57,8 @@ def read(source: Source, path: str) -> Asked:
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{path!r} holds no image ({', '.join(SUFFIXES)})")
-    pixels, damaged = _open_all(files, *_model_input(source.model))
-    if damaged:
+    pixels, damaged = _open_all(files, *_model_input(source.model), None)
+    if len(damaged):
         raise ValueError(f"{files[damaged[0]]} cannot be read as an image: repair or remove it")
     return Asked([str(f) for f in files], Split({"pixel_values": pixels}, np.zeros(len(files), np.int32)))
 
@@ -132,7 +134,9 @@ def _items(root: pathlib.Path, classes: Sequence[tuple[pathlib.Path, str]]) -> l
 
 
 def build(items: Sequence[Item], source: Source) -> Dataset:
-    """Opens images and splits them.
+    """Splits images, and opens them.
+
+    What was opened once is kept in the cache, by the files' names, sizes and times.
 
     Args:
       items: all images; splits that none of them names are taken from the training ones (a seeded tenth
@@ -146,17 +150,18 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
       ValueError: a class of the test split that training lacks; more than one image in a hundred is damaged.
       ImportError: Pillow is not installed.
     """
-    size, channels = _model_input(source.model)
-    pixels, damaged = _open_all([item.file for item in items], size, channels)
-    if len(damaged) > MOST_DAMAGED * len(items):
-        raise ValueError(
-            f"{len(damaged)} of {len(items)} images cannot be read, more than 1%; the first is"
-            f" {items[damaged[0]].name}: repair or remove them"
-        )
-    items = [item for i, item in enumerate(items) if i not in set(damaged)]
     split = np.array([item.split or "train" for item in items], dtype="U10")
     domain = np.array([item.domain for item in items])
     _complete(split, domain, np.array([item.label for item in items]), source.seed)
+    order = np.lexsort((domain, split)).tolist()  # stable: what is read together lies together
+    pixels, damaged = _open_all([items[i].file for i in order], *_model_input(source.model), source.cache)
+    if len(damaged) > MOST_DAMAGED * len(items):
+        raise ValueError(
+            f"{len(damaged)} of {len(items)} images cannot be read, more than 1%; the first is"
+            f" {items[order[damaged[0]]].name}: repair or remove them"
+        )
+    kept = np.delete(order, damaged).tolist()
+    items, split, domain = [items[i] for i in kept], split[kept], domain[kept]
     trained = {item.label for item, where in zip(items, split, strict=True) if where == "train"}
     if strange := sorted({item.label for item in items} - trained):
         raise ValueError(f"class {strange[0]!r} has no training image: give it one, or drop it")
@@ -164,8 +169,9 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
     index = {name: i for i, name in enumerate(names)}
     labels = np.array([index[item.label] for item in items], np.int32)
 
-    def part(rows):
-        return Split({"pixel_values": pixels[rows]}, labels[rows])
+    def part(chosen):
+        first, n = chosen.argmax(), np.count_nonzero(chosen)
+        return Split({"pixel_values": pixels[first : first + n]}, labels[first : first + n])
 
     train, validation, test = (part(split == name) for name in ("train", "validation", "test"))
     notes = (f"{len(damaged)} of {len(items) + len(damaged)} images cannot be read and were skipped",)
@@ -174,8 +180,8 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
         domains = np.searchsorted(domain_names, domain[split == "train"]).astype(np.int32)
         more = {name: part((split == "test") & (domain == name)) for name in domain_names}
     return Dataset(
-        train, validation, test, len(names), train.labels, names, domains, domain_names, more,
-        notes=notes if damaged else (),
+        train, validation, test, len(names), labels[split == "train"], names, domains, domain_names, more,
+        notes=notes if len(damaged) else (),
     )  # fmt: skip
 
 
@@ -199,18 +205,31 @@ def _model_input(model: pathlib.Path) -> tuple[int, int]:
 
 
 def _open_all(
-    files: Sequence[pathlib.Path | bytes], size: int, channels: int
-) -> tuple[np.ndarray, list[int]]:
+    files: Sequence[pathlib.Path | bytes], size: int, channels: int, cache: pathlib.Path | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Pixels `[n - damaged, size, size, channels]` uint8 of what can be read, and what cannot."""
-    read = reader(size, channels)
-    pixels, good, damaged = np.empty((len(files), size, size, channels), np.uint8), 0, []
-    for i, file in enumerate(files):
-        try:
-            pixels[good] = read(file)
-            good += 1
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
-            damaged.append(i)
-    return pixels[:good], damaged
+
+    def compute(empty: Empty) -> Arrays:
+        read, good, damaged = reader(size, channels), 0, []
+        pixels = empty("pixels", (len(files), size, size, channels), np.uint8)
+        for i, file in enumerate(files):
+            try:
+                pixels[good] = read(file)
+                good += 1
+            except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
+                damaged.append(i)
+        return {"pixels": pixels, "damaged": np.array(damaged, int)}
+
+    arrays = cached(cache, ("images", size, channels, [_fingerprint(file) for file in files]), compute)
+    damaged = arrays["damaged"]
+    return arrays["pixels"][: len(files) - len(damaged)], damaged
+
+
+def _fingerprint(file: pathlib.Path | bytes) -> Any:
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    seen = file.stat()
+    return str(file.absolute()), seen.st_size, seen.st_mtime_ns
 
 
 def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedgalore_jax.data import buckets, tables, text, tokens
+from fedgalore_jax.data.cache import Arrays, Empty, cached
 from fedgalore_jax.data.dataset import IGNORE, Asked, Dataset, Generation, Source, Split
+from fedgalore_jax.data.padded import Padded, Rows
 
 MAX_LENGTH, MAX_NEW_TOKENS = 512, 256
 PLAIN = "Question: {}\nAnswer:"
@@ -108,23 +110,22 @@ def build(
     parts, kept = {}, {}
     for name, pairs in splits.items():
         encoded = _encode(source, own, pairs)
-        lengths = [len(p) + len(a) for p, a in encoded]
-        kept[name] = [i for i, (p, _) in enumerate(encoded) if len(p) < limit]
-        if not kept[name]:
+        kept[name] = np.flatnonzero(encoded.prompts < limit)
+        if not len(kept[name]):
             raise ValueError(
                 f"no {name} prompt leaves room for an answer in {limit} tokens: raise --max_length"
             )
-        if cut := sum(length > limit for length in lengths):
-            dropped = len(lengths) - len(kept[name])
+        if cut := np.count_nonzero(encoded.lengths > limit):
+            n = len(encoded.lengths)
             notes.append(
-                f"{cut} of {len(lengths)} {name} samples were longer than {limit} tokens: {dropped} dropped"
+                f"{cut} of {n} {name} samples were longer than {limit} tokens: {n - len(kept[name])} dropped"
                 " (no room for the answer), the others cut"
             )
-        parts[name] = _arrays([encoded[i] for i in kept[name]], limit, pad)
+        parts[name] = _split(encoded, kept[name], limit, pad)
     generation, more = _questions(source, own, splits["test"], score, max_new_tokens)
     notes += more
     return Dataset(
-        parts["train"], parts["validation"], parts["test"], 0, np.array(kept["train"], np.int32),
+        parts["train"], parts["validation"], parts["test"], 0, kept["train"].astype(np.int32),
         generation=generation, notes=tuple(notes),
     )  # fmt: skip
 
@@ -134,7 +135,9 @@ def _questions(
 ) -> tuple[Generation, list[str]]:
     """Prompts to generate from, and what was cut of them."""
     positions, end = tokens.positions(source.model), ends(source.model, own)
-    prompts = [p for p, _ in _encode(source, own, pairs)]
+    encoded = _encode(source, own, pairs)
+    spans = zip(encoded.starts, encoded.starts + encoded.prompts, strict=True)
+    prompts = [encoded.ids[start:end] for start, end in spans]
     max_new_tokens = min(max_new_tokens, positions // 2)
     room, notes = positions - max_new_tokens, []
     if cut := sum(len(p) > room for p in prompts):
@@ -143,8 +146,8 @@ def _questions(
     length = min(buckets.bucket(max(map(len, prompts))), room)
     pad = _padding(own, end)
     inputs = {
-        "input_ids": buckets.pad(prompts, length, pad, left=True),
-        "attention_mask": buckets.pad([np.ones(len(p)) for p in prompts], length, 0, left=True),
+        "input_ids": buckets.pad_left(prompts, length, pad),
+        "attention_mask": buckets.pad_left([np.ones(len(p)) for p in prompts], length, 0),
     }
     understand = functools.partial(decode, own, end)
     return Generation(inputs, list(pairs.answers), understand, score, end, pad, max_new_tokens), notes
@@ -193,10 +196,26 @@ def decode(own: Any, end: tuple[int, ...], generated: np.ndarray) -> list[str]:
     return texts
 
 
-def _encode(source: Source, own: Any, pairs: Pairs) -> list[tuple[np.ndarray, np.ndarray]]:
+class Encoded(NamedTuple):
+    """Tokens of n samples.
+
+    Attributes:
+      ids: of all samples, each one's prompt and then its answer, int32.
+      starts: `[n]`, where each prompt begins.
+      prompts: `[n]`, tokens of each prompt.
+      lengths: `[n]`, tokens of prompt and answer.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    prompts: np.ndarray
+    lengths: np.ndarray
+
+
+def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
     """Tokens of prompts and of answers."""
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute(_: Empty) -> Arrays:
         texts = [render(own, str(p), str(a)) for p, a in zip(*pairs, strict=True)]
         # A chat template writes its own special tokens; in the plain form the tokenizer adds its first.
         plain = not own.chat_template
@@ -213,17 +232,17 @@ def _encode(source: Source, own: Any, pairs: Pairs) -> list[tuple[np.ndarray, np
         list(map(str, pairs.prompts)),
         list(map(str, pairs.answers)),
     )
-    arrays = tokens.cached(source.cache, key, compute)
-    rows = np.split(arrays["ids"], arrays["ends"][:-1])
-    return list(zip(rows[::2], rows[1::2], strict=True))
+    arrays = cached(source.cache, key, compute)
+    prompts, answers = np.diff(arrays["ends"], prepend=0).reshape(-1, 2).T
+    return Encoded(arrays["ids"], arrays["ends"][::2] - prompts, prompts, prompts + answers)
 
 
-def _arrays(encoded: list[tuple[np.ndarray, np.ndarray]], limit: int, pad: int) -> Split:
-    ids = [np.concatenate(both)[:limit] for both in encoded]
-    labels = [np.concatenate([np.full(len(p), IGNORE), a])[:limit] for p, a in encoded]
-    length = min(buckets.bucket(max(map(len, ids))), -(-limit // 16) * 16)
-    inputs = {
-        "input_ids": buckets.pad(ids, length, pad),
-        "attention_mask": buckets.pad([np.ones(len(row)) for row in ids], length, 0),
+def _split(encoded: Encoded, kept: np.ndarray, limit: int, pad: int) -> Split:
+    starts, prompts, lengths = (x[kept] for x in encoded[1:])
+    lengths = np.minimum(lengths, limit)
+    rows = starts, lengths, min(buckets.bucket(lengths.max()), -(-limit // 16) * 16)
+    inputs: dict[str, Rows] = {
+        "input_ids": Padded(encoded.ids, *rows, pad),
+        "attention_mask": Padded(tokens.ones(encoded.ids), *rows, 0),
     }
-    return Split(inputs, buckets.pad(labels, length, IGNORE))
+    return Split(inputs, Padded(encoded.ids, *rows, IGNORE, hidden=prompts))

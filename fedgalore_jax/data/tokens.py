@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedgalore_jax.data import buckets
+from fedgalore_jax.data.cache import Arrays, Empty, cached
+from fedgalore_jax.data.padded import Padded, Rows
 
 FILES = (
     "tokenizer.json",
@@ -40,9 +39,10 @@ class Encoded(NamedTuple):
     ends: np.ndarray
     cut: int
 
-    def rows(self, field: np.ndarray) -> list[np.ndarray]:
-        """`ids` or `types`, an array a text."""
-        return np.split(field, self.ends[:-1])
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, `[n]`."""
+        return np.diff(self.ends, prepend=0)
 
 
 def tokenizer(model: pathlib.Path) -> Any:
@@ -81,12 +81,6 @@ def positions(model: pathlib.Path) -> int:
     return most
 
 
-def default_cache() -> pathlib.Path:
-    """The user's cache folder of this library; `XDG_CACHE_HOME` is respected."""
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "fedgalore_jax"
-
-
 def encode(
     model: pathlib.Path,
     texts: Sequence[str],
@@ -107,7 +101,7 @@ def encode(
       An `Encoded`.
     """
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute(_: Empty) -> Arrays:
         own = tokenizer(model)
         whole = _call(own, texts, pairs)
         long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
@@ -151,17 +145,22 @@ def special(model: pathlib.Path) -> tuple[int, bool]:
     return own.pad_token_id, "token_type_ids" in own.model_input_names
 
 
-def batch(encoded: Encoded, pad: int, with_types: bool) -> dict[str, np.ndarray]:
+def batch(encoded: Encoded, pad: int, with_types: bool) -> dict[str, Rows]:
     """Model inputs `[n, L]`, padded on the right to the bucket of the longest text."""
-    rows = encoded.rows(encoded.ids)
-    length = buckets.bucket(max(map(len, rows)))
-    inputs = {
-        "input_ids": buckets.pad(rows, length, pad),
-        "attention_mask": buckets.pad([np.ones(len(row), np.int32) for row in rows], length, 0),
+    lengths = encoded.lengths
+    rows = encoded.ends - lengths, lengths, buckets.bucket(lengths.max())
+    inputs: dict[str, Rows] = {
+        "input_ids": Padded(encoded.ids, *rows, pad),
+        "attention_mask": Padded(ones(encoded.ids), *rows, 0),
     }
     if with_types:
-        inputs["token_type_ids"] = buckets.pad(encoded.rows(encoded.types), length, 0)
+        inputs["token_type_ids"] = Padded(encoded.types, *rows, 0)
     return inputs
+
+
+def ones(tokens: np.ndarray) -> np.ndarray:
+    """A 1 for every token, all of them the same one in memory."""
+    return np.broadcast_to(np.int32(1), tokens.shape)
 
 
 def fingerprint(model: pathlib.Path) -> str:
@@ -171,29 +170,3 @@ def fingerprint(model: pathlib.Path) -> str:
         if (model / name).is_file():
             digest.update(name.encode() + (model / name).read_bytes())
     return digest.hexdigest()
-
-
-def cached(folder: pathlib.Path | None, key: Any, compute) -> dict[str, np.ndarray]:
-    """Arrays that were computed once for a key (anything JSON can write).
-
-    A file is written whole or not at all; one that cannot be read is computed and written again; a folder
-    that cannot be written costs the time, not the run.
-    """
-    if folder is None:
-        return compute()
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = folder / f"{digest}.npz"
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
-        pass
-    arrays = compute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return arrays
