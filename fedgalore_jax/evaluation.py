@@ -52,7 +52,7 @@ class Evaluator(NamedTuple):
 
     def metrics(self, state: Any, split: Split) -> dict[str, float]:
         """The task's metrics on a split."""
-        return self.task.metrics(self.outputs(state, split), np.asarray(split.labels))
+        return self.task.metrics(self.outputs(state, split), split.labels)
 
 
 def evaluator(
@@ -114,7 +114,7 @@ def personal_metrics(
         memory = jax.tree.map(lambda x, client=client: x[client], clients)
         found.append((rows, evaluator.outputs((server, memory), split.take(rows))))
     rows, outputs = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return evaluator.task.metrics(outputs[np.argsort(rows)], np.asarray(split.labels))
+    return evaluator.task.metrics(outputs[np.argsort(rows)], split.labels)
 
 
 def test_metrics(

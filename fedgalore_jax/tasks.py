@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ from fedgalore_jax.data import (
 )
 from fedgalore_jax.types import Array, Batch
 
-Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+Metrics = Callable[[np.ndarray, Any], dict[str, float]]
 
 
 class Task(NamedTuple):

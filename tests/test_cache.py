@@ -2,6 +2,9 @@
 
 import errno
 import os
+import threading
+import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -25,6 +28,10 @@ def never(empty):
     raise AssertionError("it was there")
 
 
+def kept(folder):
+    return [path for path in folder.iterdir() if path.is_dir()]
+
+
 def check(arrays, *, mapped):
     np.testing.assert_array_equal(arrays["large"], WANTED)
     assert arrays["large"].dtype == np.uint8 and arrays["small"].shape == (0,)
@@ -38,19 +45,20 @@ def test_what_was_computed_once_is_mapped(tmp_path):
         with pytest.raises(ValueError, match="read-only"):
             found["large"][0] = 1
     check(cached(tmp_path, ["a", 2], compute), mapped=True)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(kept(tmp_path)) == 2
     check(cached(None, ["a", 1], compute), mapped=False)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_what_is_damaged_is_made_again(damage, tmp_path):
+@pytest.mark.parametrize("name", ["large.npy", "small.npy", cache.NAMES])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "header"])
+def test_what_is_damaged_is_made_again(damage, name, tmp_path):
     check(cached(tmp_path, "a", compute), mapped=True)
-    (folder,) = tmp_path.iterdir()
-    for file in folder.iterdir():
-        if damage == "gone":
-            file.unlink()
-        else:
-            file.write_bytes(file.read_bytes()[: -1 if damage == "cut" else 0])
+    (folder,) = kept(tmp_path)
+    file = folder / name
+    was = file.read_bytes()
+    file.unlink()  # and made anew: what is mapped stays
+    if damage != "gone":
+        file.write_bytes({"cut": was[:-1], "empty": b"", "header": was[:11] + b"'" + was[12:]}[damage])
     check(cached(tmp_path, "a", compute), mapped=True)
     check(cached(tmp_path, "a", never), mapped=True)
 
@@ -64,16 +72,35 @@ def test_a_full_disk_costs_memory_alone(tmp_path, monkeypatch):
         check(cached(tmp_path, "a", compute), mapped=False)
     (tmp_path / "file").touch()
     check(cached(tmp_path / "file", "a", compute), mapped=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert kept(tmp_path) == []
 
 
-def test_the_faster_of_two_is_taken(tmp_path):
-    def overtaken(empty):
-        cached(tmp_path, "a", compute)
-        return {name: x + 1 for name, x in compute(empty).items()}
+def test_of_several_one_computes(tmp_path):
+    came = []
 
-    check(cached(tmp_path, "a", overtaken), mapped=True)
-    assert len(list(tmp_path.iterdir())) == 1
+    def slow(empty):
+        came.append(threading.get_ident())
+        time.sleep(0.05)
+        return compute(empty)
+
+    with futures.ThreadPoolExecutor(3) as pool:
+        for found in list(pool.map(lambda _: cached(tmp_path, ["a"], slow), range(3))):
+            check(found, mapped=True)
+    assert len(came) == 1
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    check(cached(tmp_path, ["a"], compute), mapped=True)
+    (folder,) = kept(tmp_path)
+    left = folder.rename(folder.with_suffix(".partial"))
+    check(cached(tmp_path, ["a"], compute), mapped=True)
+    assert not left.exists()
+
+
+def test_keys_differ_by_what_is_in_which_list(tmp_path):
+    for key in (["a", "b"], [["a", "b"]], [["a"], "b"], ["a"], [["a"], []]):
+        check(cached(tmp_path, key, compute), mapped=True)
+    assert len(kept(tmp_path)) == 5
 
 
 def test_the_folder_is_the_users(tmp_path, monkeypatch):
@@ -97,6 +124,7 @@ def test_padded_rows_are_those_of_an_array(rows, data):
     ids = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=4, max_size=4))).reshape(2, 2)
     np.testing.assert_array_equal(got[ids], wanted[ids])
     np.testing.assert_array_equal(got[0, 1], wanted[0, 1])
+    np.testing.assert_array_equal(got.take(ids[0]), wanted[ids[0]])
 
 
 class Watched:

@@ -10,7 +10,7 @@ import tiny_tokenizer
 from padding import widen
 
 from fedgalore_jax import tasks
-from fedgalore_jax.data import IGNORE, Source, buckets, packages, sft, tokens, word_problems
+from fedgalore_jax.data import IGNORE, Source, packages, sft, tokens, word_problems
 from fedgalore_jax.models import llama
 from fedgalore_jax.prepare import with_classes
 

@@ -1,8 +1,11 @@
 """Few static lengths for many true ones, so that few programs are compiled."""
 
+from typing import Any
+
 import numpy as np
 
 from fedgalore_jax.data.dataset import Split
+from fedgalore_jax.data.padded import Padded
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids")
@@ -35,12 +38,12 @@ def split_by_length(split: Split) -> list[tuple[np.ndarray, Split]]:
     Returns:
       `(rows, split)` a bucket: which rows of the split, and all of it cut to the bucket's length, unread.
     """
-    mask = split.inputs.get("attention_mask")
+    mask: Any = split.inputs.get("attention_mask")
     if mask is None:
         return [(np.arange(len(split.labels)), split)]
-    whole, mask = mask.shape[1], np.asarray(mask)
+    whole = mask.shape[1]
     # The last real token, not their number: a hole in the mask must not cut what follows it.
-    lengths = (mask * np.arange(1, whole + 1)).max(1)
+    lengths = mask.lengths if isinstance(mask, Padded) else (mask * np.arange(1, whole + 1)).max(1)
     sizes = np.minimum([bucket(int(length)) for length in lengths], whole)
     out = []
     for size in np.unique(sizes):

@@ -57,7 +57,7 @@ class Split(NamedTuple):
 
     def take(self, rows: np.ndarray) -> "Split":
         """The samples of those rows."""
-        return Split({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+        return Split({name: x.take(rows, 0) for name, x in self.inputs.items()}, self.labels.take(rows, 0))
 
 
 class Generation(NamedTuple):

@@ -102,7 +102,10 @@ def cifar(name: str, source: Source) -> Dataset:
     items = []
     for split, table in found.items():
         for i, (image, label) in enumerate(zip(*tables.columns(table, ["img", column], split), strict=True)):
-            items.append(Item(image["bytes"], str(label), split, name=f"image {i + 1} of {split}"))
+            name = f"image {i + 1} of {split}"
+            if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+                raise ValueError(f"data={source.data!r}, {name}: column img must hold {{bytes, path}}")
+            items.append(Item(image["bytes"], str(label), split, name=name))
     return build(items, source)
 
 
@@ -144,7 +147,7 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
       source: the model's directory says which size and how many channels.
 
     Returns:
-      A `Dataset`; with several domains, each one's test split is in `more_tests`.
+      A `Dataset`; with several domains, the test split of each that has one is in `more_tests`.
 
     Raises:
       ValueError: a class of the test split that training lacks; more than one image in a hundred is damaged.
@@ -174,11 +177,14 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
         return Split({"pixel_values": pixels[first : first + n]}, labels[first : first + n])
 
     train, validation, test = (part(split == name) for name in ("train", "validation", "test"))
+    if empty := [name for name in ("validation", "test") if name not in split]:
+        raise ValueError(f"no image of the {empty[0]} split can be read: repair them, or add others")
     notes = (f"{len(damaged)} of {len(items) + len(damaged)} images cannot be read and were skipped",)
     domains, domain_names, more = None, tuple(sorted(set(domain.tolist()) - {""})), {}
     if domain_names:
         domains = np.searchsorted(domain_names, domain[split == "train"]).astype(np.int32)
-        more = {name: part((split == "test") & (domain == name)) for name in domain_names}
+        tests = {name: part((split == "test") & (domain == name)) for name in domain_names}
+        more = {name: own for name, own in tests.items() if len(own.labels) and len(tests) > 1}
     return Dataset(
         train, validation, test, len(names), labels[split == "train"], names, domains, domain_names, more,
         notes=notes if len(damaged) else (),
@@ -209,14 +215,16 @@ def _open_all(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels `[n - damaged, size, size, channels]` uint8 of what can be read, and what cannot."""
 
+    Image, read = _pillow(), reader(size, channels)
+
     def compute(empty: Empty) -> Arrays:
-        read, good, damaged = reader(size, channels), 0, []
+        good, damaged = 0, []
         pixels = empty("pixels", (len(files), size, size, channels), np.uint8)
         for i, file in enumerate(files):
             try:
                 pixels[good] = read(file)
                 good += 1
-            except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # of broken files
                 damaged.append(i)
         return {"pixels": pixels, "damaged": np.array(damaged, int)}
 
@@ -234,10 +242,7 @@ def _fingerprint(file: pathlib.Path | bytes) -> Any:
 
 def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
     """A function from a path or encoded bytes to pixels `[size, size, channels]` uint8, bilinear as ViT's."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("images are read by Pillow: pip install pillow") from error
+    Image = _pillow()
 
     def read(file: pathlib.Path | bytes) -> np.ndarray:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -246,6 +251,14 @@ def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
         return np.asarray(small).reshape(size, size, channels)
 
     return read
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images are read by Pillow: pip install pillow") from error
+    return Image
 
 
 def _root(source: Source) -> pathlib.Path:

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+AT_A_TIME = 4096
+"""Rows that are padded together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
@@ -49,6 +52,15 @@ class Padded:
         """Of the array that this behaves as."""
         return len(self.starts) * self.width * self.dtype.itemsize
 
+    def take(self, rows: np.ndarray, axis: int = 0) -> "Padded":
+        """These rows, as unread as all of them."""
+        starts, lengths, hidden = (x.take(rows, axis) for x in (self.starts, self.lengths, self._hidden))
+        return dataclasses.replace(self, starts=starts, lengths=lengths, hidden=hidden)
+
+    @property
+    def _hidden(self) -> np.ndarray:
+        return np.broadcast_to(self.hidden, self.starts.shape)
+
     def __len__(self) -> int:
         return len(self.starts)
 
@@ -60,13 +72,18 @@ class Padded:
                 return narrower if isinstance(rows, slice) and rows == slice(None) else narrower[rows]
             return self[rows][..., places]
         places = np.arange(self.width)
-        hidden = np.broadcast_to(self.hidden, self.starts.shape)
-        starts, ends, hidden = (x[where][..., None] for x in (self.starts, self.lengths, hidden))
+        starts, ends, hidden = (x[where][..., None] for x in (self.starts, self.lengths, self._hidden))
         real = (places >= hidden) & (places < ends)
-        return np.where(real, self.tokens[np.where(real, starts + places, 0)], self.fill).astype(self.dtype)
+        out = np.full(real.shape, self.fill, self.dtype)
+        out[real] = self.tokens[(starts + places)[real]]
+        return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:] if dtype is None else self[:].astype(dtype)
+        out = np.empty(self.shape, dtype or self.dtype)
+        for first in range(0, len(self), AT_A_TIME):  # no second array of that size on the way
+            rows = slice(first, first + AT_A_TIME)
+            out[rows] = self[rows]
+        return out
 
 
 Rows = np.ndarray | Padded

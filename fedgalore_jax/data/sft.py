@@ -17,7 +17,7 @@ import numpy as np
 from fedgalore_jax.data import buckets, tables, text, tokens
 from fedgalore_jax.data.cache import Arrays, Empty, cached
 from fedgalore_jax.data.dataset import IGNORE, Asked, Dataset, Generation, Source, Split
-from fedgalore_jax.data.padded import Padded, Rows
+from fedgalore_jax.data.padded import Padded
 
 MAX_LENGTH, MAX_NEW_TOKENS = 512, 256
 PLAIN = "Question: {}\nAnswer:"
@@ -34,6 +34,22 @@ class Pairs(NamedTuple):
 
     prompts: Sequence[str]
     answers: Sequence[str]
+
+
+class Encoded(NamedTuple):
+    """Tokens of n samples.
+
+    Attributes:
+      ids: of all samples, each one's prompt and then its answer, int32.
+      starts: `[n]`, where each prompt begins.
+      prompts: `[n]`, tokens of each prompt.
+      lengths: `[n]`, tokens of prompt and answer.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    prompts: np.ndarray
+    lengths: np.ndarray
 
 
 def load(source: Source) -> Dataset:
@@ -72,7 +88,9 @@ def read(source: Source, file: str) -> Asked:
     """Prompts to be answered: the prompt's column of a table."""
     prompts = tables.columns(tables.read(pathlib.Path(file)), _columns(source)[:1], file)[0]
     pairs, own = Pairs(prompts, [""] * len(prompts)), tokens.tokenizer(source.model)
-    return Asked(range(1, len(prompts) + 1), _questions(source, own, pairs, exact_match, MAX_NEW_TOKENS)[0])
+    encoded = _encode(source, own, pairs)
+    questions, _ = _questions(source, own, encoded, pairs.answers, exact_match, MAX_NEW_TOKENS)
+    return Asked(range(1, len(prompts) + 1), questions)
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -108,21 +126,22 @@ def build(
     own, notes = tokens.tokenizer(source.model), []
     pad = _padding(own, ends(source.model, own))
     parts, kept = {}, {}
-    for name, pairs in splits.items():
-        encoded = _encode(source, own, pairs)
-        kept[name] = np.flatnonzero(encoded.prompts < limit)
+    encoded = {name: _encode(source, own, pairs) for name, pairs in splits.items()}
+    for name, (_, _, prompts, lengths) in encoded.items():
+        kept[name] = np.flatnonzero(prompts < limit)
         if not len(kept[name]):
             raise ValueError(
                 f"no {name} prompt leaves room for an answer in {limit} tokens: raise --max_length"
             )
-        if cut := np.count_nonzero(encoded.lengths > limit):
-            n = len(encoded.lengths)
+        if cut := np.count_nonzero(lengths > limit):
+            dropped = len(lengths) - len(kept[name])
             notes.append(
-                f"{cut} of {n} {name} samples were longer than {limit} tokens: {n - len(kept[name])} dropped"
+                f"{cut} of {len(lengths)} {name} samples were longer than {limit} tokens: {dropped} dropped"
                 " (no room for the answer), the others cut"
             )
-        parts[name] = _split(encoded, kept[name], limit, pad)
-    generation, more = _questions(source, own, splits["test"], score, max_new_tokens)
+        parts[name] = _split(encoded[name], kept[name], limit, pad)
+    answers = splits["test"].answers
+    generation, more = _questions(source, own, encoded["test"], answers, score, max_new_tokens)
     notes += more
     return Dataset(
         parts["train"], parts["validation"], parts["test"], 0, kept["train"].astype(np.int32),
@@ -131,11 +150,10 @@ def build(
 
 
 def _questions(
-    source: Source, own: Any, pairs: Pairs, score: Score, max_new_tokens: int
+    source: Source, own: Any, encoded: Encoded, answers: Sequence[Any], score: Score, max_new_tokens: int
 ) -> tuple[Generation, list[str]]:
     """Prompts to generate from, and what was cut of them."""
     positions, end = tokens.positions(source.model), ends(source.model, own)
-    encoded = _encode(source, own, pairs)
     spans = zip(encoded.starts, encoded.starts + encoded.prompts, strict=True)
     prompts = [encoded.ids[start:end] for start, end in spans]
     max_new_tokens = min(max_new_tokens, positions // 2)
@@ -150,7 +168,8 @@ def _questions(
         "attention_mask": buckets.pad_left([np.ones(len(p)) for p in prompts], length, 0),
     }
     understand = functools.partial(decode, own, end)
-    return Generation(inputs, list(pairs.answers), understand, score, end, pad, max_new_tokens), notes
+    references = [str(answer) for answer in answers]
+    return Generation(inputs, references, understand, score, end, pad, max_new_tokens), notes
 
 
 def _padding(own: Any, end: tuple[int, ...]) -> int:
@@ -196,22 +215,6 @@ def decode(own: Any, end: tuple[int, ...], generated: np.ndarray) -> list[str]:
     return texts
 
 
-class Encoded(NamedTuple):
-    """Tokens of n samples.
-
-    Attributes:
-      ids: of all samples, each one's prompt and then its answer, int32.
-      starts: `[n]`, where each prompt begins.
-      prompts: `[n]`, tokens of each prompt.
-      lengths: `[n]`, tokens of prompt and answer.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    prompts: np.ndarray
-    lengths: np.ndarray
-
-
 def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
     """Tokens of prompts and of answers."""
 
@@ -241,8 +244,5 @@ def _split(encoded: Encoded, kept: np.ndarray, limit: int, pad: int) -> Split:
     starts, prompts, lengths = (x[kept] for x in encoded[1:])
     lengths = np.minimum(lengths, limit)
     rows = starts, lengths, min(buckets.bucket(lengths.max()), -(-limit // 16) * 16)
-    inputs: dict[str, Rows] = {
-        "input_ids": Padded(encoded.ids, *rows, pad),
-        "attention_mask": Padded(tokens.ones(encoded.ids), *rows, 0),
-    }
+    inputs = tokens.inputs(encoded.ids, *rows, pad)
     return Split(inputs, Padded(encoded.ids, *rows, IGNORE, hidden=prompts))

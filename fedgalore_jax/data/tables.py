@@ -44,6 +44,8 @@ def _csv(path: pathlib.Path) -> Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         header = next(rows, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise ValueError(f"data={str(path)!r} has more than one column {sorted(twice)[0]!r}")
         table: Table = {name: [] for name in header}
         for row in rows:
             if not row:

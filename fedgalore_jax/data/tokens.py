@@ -39,11 +39,6 @@ class Encoded(NamedTuple):
     ends: np.ndarray
     cut: int
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, `[n]`."""
-        return np.diff(self.ends, prepend=0)
-
 
 def tokenizer(model: pathlib.Path) -> Any:
     """The tokenizer of a model directory.
@@ -147,20 +142,17 @@ def special(model: pathlib.Path) -> tuple[int, bool]:
 
 def batch(encoded: Encoded, pad: int, with_types: bool) -> dict[str, Rows]:
     """Model inputs `[n, L]`, padded on the right to the bucket of the longest text."""
-    lengths = encoded.lengths
+    lengths = np.diff(encoded.ends, prepend=0)
     rows = encoded.ends - lengths, lengths, buckets.bucket(lengths.max())
-    inputs: dict[str, Rows] = {
-        "input_ids": Padded(encoded.ids, *rows, pad),
-        "attention_mask": Padded(ones(encoded.ids), *rows, 0),
-    }
-    if with_types:
-        inputs["token_type_ids"] = Padded(encoded.types, *rows, 0)
-    return inputs
+    types: dict[str, Rows] = {"token_type_ids": Padded(encoded.types, *rows, 0)} if with_types else {}
+    return inputs(encoded.ids, *rows, pad) | types
 
 
-def ones(tokens: np.ndarray) -> np.ndarray:
-    """A 1 for every token, all of them the same one in memory."""
-    return np.broadcast_to(np.int32(1), tokens.shape)
+def inputs(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int, pad: int) -> dict[str, Rows]:
+    """Token ids and their mask, see `Padded`."""
+    ones = np.broadcast_to(np.int32(1), ids.shape)  # one number in memory
+    mask = Padded(ones, starts, lengths, width, 0)
+    return {"input_ids": Padded(ids, starts, lengths, width, pad), "attention_mask": mask}
 
 
 def fingerprint(model: pathlib.Path) -> str:
