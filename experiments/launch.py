@@ -144,7 +144,10 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
         print(f"{out} is complete: nothing is left to do")
         return
     # All are sound before the first begins.
-    ready = [None if done else prepare.prepare(config) for config, done in zip(runs, found, strict=True)]
+    ready: list[prepare.Prepared | None] = []
+    for config, done in zip(runs, found, strict=True):
+        beside = next(filter(None, ready), None)
+        ready.append(None if done else prepare.prepare(config, beside=beside))
 
     def train_one(prepared: prepare.Prepared) -> train.Result:
         dataset, folder = prepared.dataset, pathlib.Path(str(prepared.config.out_dir))

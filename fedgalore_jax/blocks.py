@@ -18,7 +18,7 @@ import numpy as np
 from fedgalore_jax import engine, hosts, placement, tree
 from fedgalore_jax.client import Loss
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import FederatedData, Plan, Split
+from fedgalore_jax.data import Plan, Split
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
 ROUNDS = 50
@@ -56,18 +56,18 @@ def streams(train: Split) -> bool:
     return hosts.several() or sum(x.nbytes for x in train.arrays.values()) > TRAINING_SET
 
 
-def cut(config: Config, machine: engine.Engine, federation: FederatedData, memories: Tree) -> Blocks:
+def cut(config: Config, machine: engine.Engine, most: int, memories: Tree) -> Blocks:
     """Cuts a run: a block is not longer than what travels with it fits.
 
     Args:
       config: of the run.
       machine: its engine.
-      federation: whose samples are whose.
+      most: samples that a client has.
       memories: shapes of all clients' memories, rows `[N, ...]`.
     """
     rounds, samples, slots = min(config.eval_every, ROUNDS, config.rounds), 0, None
     if machine.streams:
-        samples = min(config.local_steps * config.batch_size, max(map(len, federation.parts)))
+        samples = min(config.local_steps * config.batch_size, most)
         sample = sum(x.nbytes // len(x) for x in machine.train.values())
         rounds = max(1, min(rounds, RESIDENT // (config.participants * samples * sample)))
     if (needed := tree.nbytes(memories)) > RESIDENT:

@@ -67,7 +67,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    config: Config, *, model: Model | None = None, dataset: Dataset | None = None, any_rate: bool = False
+    config: Config,
+    *,
+    model: Model | None = None,
+    dataset: Dataset | None = None,
+    beside: Prepared | None = None,
+    any_trial: bool = False,
 ) -> Prepared:
     """Everything that can fail for a bad configuration.
 
@@ -75,8 +80,9 @@ def prepare(
       config: of the run.
       model: `(fns, params)` in place of the one that `config.model` names.
       dataset: in place of the one that `config.task` loads; the task still gives loss and metrics.
-      any_rate: whether the program takes the learning rate as an argument, its first, in place of the
-        config's.
+      beside: a run that differs in its method alone, whose data and model this one takes.
+      any_trial: whether the program serves all seeds, and takes the learning rate as an argument, its first,
+        in place of the config's.
 
     Raises:
       ValueError: a value that cannot be used, with its name and the remedy.
@@ -87,20 +93,28 @@ def prepare(
         changes(config)
     task = tasks.get(config.task)
     strategy = strategy_of(config, task)
-    dataset = load_data(config, task) if dataset is None else dataset
+    if beside:
+        dataset = beside.dataset
+    elif dataset is None:
+        dataset = load_data(config, task)
+    for name, split in {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}.items():
+        if not len(split.labels):
+            raise ValueError(f"the {name} split is empty: give it samples")
     federation = federate(config, dataset)
-    if strategy.personal and (not dataset.label_names or "domain" in partition_of(config, dataset)):
+    deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
+    if strategy.personal and not deals_classes:
         raise ValueError(
             f"{config.method} has a model per client, each judged on its share of the classes:"
             " it needs a task with classes, and a partition that deals by them"
         )
-    mesh = placement.mesh(config.mesh)
-    if model is None:
+    mesh, streams = placement.mesh(config.mesh), blocks.streams(dataset.train)
+    if beside:
+        fns, params = beside.fns, beside.params
+    elif model is None:
         fns, params = load_model(config, task, dataset, mesh)
     else:
         fns, params = model[0], placement.weights(mesh, model[1])
-    streams = blocks.streams(dataset.train)
-    train = engine.on_device(dataset.train, mesh, streams=streams)
+    train = beside.machine.train if beside else engine.on_device(dataset.train, mesh, streams=streams)
 
     def loss(params, batch, key):
         return task.loss(fns.apply(params, batch, key=key), batch)
@@ -121,7 +135,8 @@ def prepare(
         defences.aggregator(config, strategy),
     )
     state = jax.eval_shape(lambda: blocks.start(config, machine, params))
-    pieces = blocks.cut(config, machine, federation, state.clients)
+    most = len(dataset.train.labels) if any_trial else max(map(len, federation.parts))
+    pieces = blocks.cut(config, machine, most, state.clients)
     state = state._replace(clients=pieces.on_devices(state.clients))
     if mesh:
         state = placement.placed(state, engine.shardings(strategy, state, mesh))
@@ -131,7 +146,7 @@ def prepare(
         return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
 
     args = (state, *blocks.load(machine, rows, pieces), 1)
-    lowered = jax.jit(with_rate).lower(1.0, *args) if any_rate else machine.rounds().lower(*args)
+    lowered = jax.jit(with_rate).lower(1.0, *args) if any_trial else machine.rounds().lower(*args)
     wire = machine.wire(state, rows)
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export, mesh)

@@ -20,7 +20,7 @@ def trials(config: Config) -> Callable[[float, int], Prepared]:
     Raises:
       ValueError: as `prepare`.
     """
-    shared = prepare(dataclasses.replace(config, lr=1.0, out_dir=None), any_rate=True)
+    shared = prepare(dataclasses.replace(config, lr=1.0, out_dir=None), any_trial=True)
     compiled = functools.cache(shared.compile)
 
     def trial(lr: float, seed: int) -> Prepared:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from problem import B, K, N, assert_close, federation, params, plan, setup
+from problem import B, K, N, assert_close, params, plan, setup
 
 from fedgalore_jax import blocks, tree
 from fedgalore_jax.blocks import Blocks
@@ -53,6 +53,6 @@ def test_a_block_is_cut_to_what_fits(scaffold, monkeypatch):
     one = tree.nbytes(shapes) // N
     for room, wanted in ((N, (20, None)), (N - 1, (2, 4)), (3, (1, 2)), (0, (1, 2))):
         monkeypatch.setattr(blocks, "RESIDENT", room * one)
-        assert blocks.cut(config, machine, federation(), shapes) == Blocks(*wanted, 0), room
+        assert blocks.cut(config, machine, 9, shapes) == Blocks(*wanted, 0), room
     everyone = dataclasses.replace(config, cohort=N)
-    assert blocks.cut(everyone, machine, federation(), shapes) == Blocks(20, None, 0)
+    assert blocks.cut(everyone, machine, 9, shapes) == Blocks(20, None, 0)

@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     Attributes:
       ids: `[R, C]` int32, clients of each round; N for padding.
-      samples: `[R, C, K, B]` int32, rows of the training set.
+      samples: `[R, C, K, B]` int32, rows of the training set; of its client's, where one has fewer than B.
       weight: `[R, C, B]` float32, 0 for the padding of a client that has fewer samples than B.
       counts: `[R, C]` int32, samples of each client; 0 for padding, and for one that sends nothing.
       slots: `[R, C]` int32, where the memory of each client is: at its id.
@@ -74,6 +74,7 @@ class FederatedData(NamedTuple):
             plan.ids[r, :cohort] = self.cohort(t, cohort)
             for c, client in enumerate(plan.ids[r, :cohort]):
                 size = min(len(self.parts[client]), batch_size)
+                plan.samples[r, c] = self.parts[client][0]  # padding is the client's, too: no other's travel
                 plan.samples[r, c, :, :size] = self.batches(t, client, steps, size)
                 plan.weight[r, c, :size] = 1
                 plan.counts[r, c] = len(self.parts[client])
