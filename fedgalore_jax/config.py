@@ -26,7 +26,7 @@ class Config:
       text_column: of your data; two, comma-separated, are a pair of sentences.
       label_column: of your data, for task text.
       client_column: of your data; its values are the domains of the partition.
-      max_length: tokens kept of a text; what the model has positions for if None.
+      max_length: tokens kept of a text; the task's default if None. The model's positions bound it anyway.
       model: a model directory in Hugging Face's layout, or a model the package ships; the task's if None.
       new_head: start with a new, random head even where the model's own would fit.
       precision: of activations, "float32" or "bf16"; parameters and reductions are float32 in both.
@@ -136,6 +136,8 @@ class Config:
 
     def __post_init__(self):
         """Refuses what cannot run, before anything is loaded or compiled."""
+        for name, value in vars(self).items():
+            self._require(name, value != "" or name in ("adapt", "train"), "a value, or leave it out")
         counts = ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards")
         for name in (*counts, "keep_checkpoints"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
@@ -157,7 +159,6 @@ class Config:
             self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
         self._check_faults()
         self._require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
-        self._require("out_dir", self.out_dir != "", "a folder, or None")
         self._require("checkpoint_every", self.checkpoint_every >= 0, "an integer >= 0; 0 for none")
         self._require("resume", not self.resume or self.out_dir, "--out_dir too, the folder of the run")
         self._require("override", not self.override or self.resume, "--resume too")

@@ -4,6 +4,7 @@ The engine knows no strategy by name. Rounds up to the next evaluation are one c
 trip count: the same program runs one round or fifty.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ import numpy as np
 from fedgalore_jax import placement, tree
 from fedgalore_jax.aggregators import MEAN, Aggregator
 from fedgalore_jax.client import Loss, local_train
-from fedgalore_jax.data import Plan, Split
+from fedgalore_jax.data import Plan, Rows, Split
 from fedgalore_jax.strategies.base import Cohort, Strategy
 from fedgalore_jax.types import Array, Batch, Params, Tree
+
+Data = Mapping[str, Array | Rows]
+"""Inputs and labels of samples: on the devices, or the host's."""
 
 
 class RunState(NamedTuple):
@@ -119,7 +123,7 @@ class Engine(NamedTuple):
 
     strategy: Strategy
     loss: Loss
-    train: Batch
+    train: Data
     num_clients: int
     steps: int
     chunk: int
@@ -288,7 +292,7 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return lowered.compile({"xla_gpu_enable_triton_gemm": False} if on_gpu else None)
 
 
-def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool = False) -> Any:
+def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool = False) -> Data:
     """A split as the engine takes it: inputs and labels in one dict, of device arrays unless it streams."""
     if streams:
         return split.arrays

@@ -35,6 +35,8 @@ from fedgalore_jax.strategies.base import ROLES, Common
 from fedgalore_jax.types import Array, Flat, Params
 
 Model = tuple[models.ModelFns, Params]
+BY_FLAG = {"roles": "--adapt and --train", "head_ratio": "--head_lr"}
+"""Options of every method that have flags of their own, under other names."""
 
 
 class Prepared(NamedTuple):
@@ -97,9 +99,8 @@ def prepare(
         dataset = beside.dataset
     elif dataset is None:
         dataset = load_data(config, task)
-    for name, split in {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}.items():
-        if not len(split.labels):
-            raise ValueError(f"the {name} split is empty: give it samples")
+    if empty := [name for name in ("train", "validation", "test") if not len(getattr(dataset, name).labels)]:
+        raise ValueError(f"the {empty[0]} split is empty: give it samples")
     federation = federate(config, dataset)
     deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
     if strategy.personal and not deals_classes:
@@ -196,7 +197,7 @@ def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> 
     """The strategy that a config names, with its options; a (traced) `rate` takes the place of its lr."""
     method, given = config.method, dict(config.opt)
     own = strategies.options(method)
-    for name, flags in (("roles", "--adapt and --train"), ("head_ratio", "--head_lr")):
+    for name, flags in BY_FLAG.items():
         if name in given:
             raise ValueError(f"opt {name}={given[name]!r}: use {flags}")
     if config.client_weights is not None:

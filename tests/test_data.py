@@ -77,6 +77,7 @@ def test_a_client_smaller_than_a_batch_is_masked():
     plan = FEDERATION.plan(range(1), cohort=3, steps=2, batch_size=4)
     assert plan.weight[0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert sorted(plan.samples[0, 0, 1, :3]) == [0, 1, 2]
+    assert set(plan.samples[0, 0].ravel()) == {0, 1, 2}, "padding is the client's own"
 
 
 def test_rounds_can_be_planned_in_any_order_and_number():

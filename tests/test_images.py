@@ -91,6 +91,11 @@ def test_cifar_from_parquet_of_its_schema(model, tmp_path):
 
     parquet.write_table(table(44), tmp_path / "train-00000-of-00001.parquet")
     parquet.write_table(table(11), tmp_path / "test-00000-of-00001.parquet")
+    wrong = pyarrow.table({"img": ["a.png"], "fine_label": [0]})
+    parquet.write_table(wrong, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"image 1 of test: column img must hold \{bytes, path\}"):
+        tasks.get("cifar100").load(Source(model, str(tmp_path)))
+    parquet.write_table(table(11), tmp_path / "test-00000-of-00001.parquet")
     data = tasks.get("cifar100").load(Source(model, str(tmp_path)))
     assert [len(s.labels) for s in data[:3]] == [40, 4, 11]
     assert data.label_names == tuple(map(str, range(11)))
@@ -110,6 +115,33 @@ def test_damaged_images_are_skipped_up_to_one_in_a_hundred(model, tmp_path):
         tasks.get("images").load(Source(model, str(root)))
 
 
+def test_what_is_left_of_a_domain_is_judged(model, tmp_path):
+    """Its one official test image is damaged; one with the size of a bomb counts as damaged too."""
+    for domain in ("ink", "photo"):
+        fill(tmp_path / "data" / domain, count=110)
+    (tmp_path / "data/ink_test.txt").write_text("ink/cat/00.png 0")
+    (tmp_path / "data/ink/cat/00.png").write_bytes(b"")
+    Image.new("1", (20000, 10000)).save(tmp_path / "data/photo/dog/00.png")
+    data = tasks.get("domainnet").load(Source(model, str(tmp_path / "data")))
+    assert list(data.more_tests) == ["photo"] and len(data.test.labels) == len(
+        data.more_tests["photo"].labels
+    )
+    assert data.notes == ("2 of 440 images cannot be read and were skipped",)
+
+
+def test_what_was_opened_once_is_mapped(model, tmp_path):
+    source = Source(model, str(fill(tmp_path / "data")), cache=tmp_path / "cache")
+    first, again = (tasks.get("images").load(source) for _ in range(2))
+    plain = tasks.get("images").load(source._replace(cache=None))
+    for ours, theirs in zip((*first[:3], *again[:3]), (*plain[:3], *plain[:3]), strict=True):
+        assert isinstance(ours.inputs["pixel_values"], np.memmap)
+        np.testing.assert_array_equal(ours.inputs["pixel_values"], theirs.inputs["pixel_values"])
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    picture(tmp_path / "data/cat/00.png", 250)  # the same name
+    changed = tasks.get("images").load(source)
+    assert any((s.inputs["pixel_values"] == 250).any() for s in changed[:3])
+
+
 def test_bad_folders(model, tmp_path):
     load = tasks.get("images").load
     with pytest.raises(ValueError, match="data is missing"):
@@ -121,6 +153,7 @@ def test_bad_folders(model, tmp_path):
         load(Source(model, str(tmp_path / "empty")))
     fill(tmp_path / "data" / "train")
     picture(tmp_path / "data/test/owl/0.png", 1)
+    picture(tmp_path / "data/validation/cat/0.png", 1)
     with pytest.raises(ValueError, match="class 'owl' has no training image"):
         load(Source(model, str(tmp_path / "data")))
     (model / "config.json").write_text('{"model_type": "bert"}')

@@ -229,6 +229,11 @@ BAD = {
     "--adapt=nowhere": "'nowhere' matches no parameter",
     "--ranks=/nowhere": "neither integers nor a file of them",
     "--ranks=4,,8": "flag --ranks=4,,8",
+    "--ranks=": "neither integers nor a file of them",
+    "--client_column= --task=text": "client_column='' is not usable: give a value, or leave it out",
+    "--model=": "model='' is not usable: give a value",
+    "--straggler= --deadline=1": "straggler='' is not usable",
+    "--method=fedavg,fedgalore --opt=sync=mean": "with several methods write fedgalore.sync=mean",
     "--model=/nowhere": "/nowhere/config.json does not exist",
     "--model=tests": "tests/config.json does not exist",
     "--out_dir=/proc/nowhere": "/proc/nowhere",
@@ -253,7 +258,7 @@ def test_a_model_for_other_images_is_refused(tmp_path, capsys):
     models.save(tmp_path / "tiny", *tiny_vit.model())
     with pytest.raises(SystemExit):
         launch(f"--model={tmp_path / 'tiny'}", f"--out_dir={tmp_path / 'out'}")
-    assert "are not [B, 6, 6, 3]: choose a model" in capsys.readouterr().err
+    assert "reads 6 x 6 pixels in 3 channels, and digits are 8 x 8 in one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -317,3 +322,29 @@ def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     assert rounds == list(range(len(rounds)))
     assert json.loads((out / "config.json").read_text())["rounds"] == 100000
     assert not list(out.glob("*.partial"))
+
+
+def test_a_comparison_holds_its_data_once():
+    first, second = (Config(rounds=1, local_steps=1, clients=2, method=name) for name in ("fedavg", "fedit"))
+    beside = prepare.prepare(first)
+    other = prepare.prepare(second, beside=beside)
+    assert other.dataset is beside.dataset and other.machine.train is beside.machine.train
+    assert other.params is beside.params and other.config == second
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            "--evaluate=digits_vit --mesh=1x1",
+            "mesh has no effect: --evaluate and --predict run on one device",
+        ),
+        ("--evaluate=digits_vit --distributed", "distributed has no effect"),
+        ("--evaluate=", "evaluate='' is not usable"),
+        ("--predict= --model=digits_vit", "predict='' is not usable"),
+    ],
+)
+def test_what_a_saved_model_is_not_asked(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(*args.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -105,7 +105,7 @@ LINES = tiny_tokenizer.LINES
 
 def test_prompts_and_answers(decoder, tmp_path, capsys):
     """The loss is on answers alone, the test is generated, and the trained model answers a file."""
-    rows = [{"prompt": f"how many ? {i % 3}", "answer": str(i % 3)} for i in range(40)]
+    rows = [{"prompt": f"how many ? {i % 3}", "answer": i % 3} for i in range(40)]
     data, out = table(tmp_path / "own.jsonl", rows), tmp_path / "out"
     launch(
         "--task=sft", f"--data={data}", f"--model={decoder}", *SHORT, "--partition=iid", f"--out_dir={out}"
@@ -163,6 +163,9 @@ def test_a_model_and_a_data_set_from_python():
     few = whole.train.take(np.arange(60))
     dataset = whole._replace(train=few, classes=few.labels)
     run = Config(model="/nowhere", rounds=1, local_steps=1, clients=2, rank=2)
+    nothing = whole._replace(test=whole.test.take(np.arange(0)))
+    with pytest.raises(ValueError, match="the test split is empty: give it samples"):
+        train.run(run, model=(fns, None), dataset=nothing)
     result = train.run(run, model=(fns, fns.init(jax.random.key(0))), dataset=dataset, say=lambda line: None)
     assert result.params["embeddings"]["projection"]["kernel"].shape == (16, 8)
     assert 0 <= result.summary["final"]["accuracy"] <= 1

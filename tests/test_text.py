@@ -148,6 +148,7 @@ def test_bad_arguments(case, model, tmp_path):
         ("train.csv", "", "is empty"),
         ("train.csv", "text,label\n", "is empty"),
         ("train.csv", "text,label\na,b,c\n", "line 2: 3 fields, the header has 2"),
+        ("train.csv", "text,text,label\na,b,c\n", "has more than one column 'text'"),
         ("train.jsonl", "{\n", "line 1 is not JSON"),
         ("train.jsonl", '{"text": "a"}\n{"label": 1}\n', "column 'text' of train is empty in sample 2"),
         ("train.csv", "text,label\na,1\nb,\n", "column 'label' of train is empty in sample 2"),

@@ -10,7 +10,7 @@ from absl import flags
 from experiments import flags as our_flags
 from experiments import tune
 from experiments.launch import guarded
-from fedgalore_jax import train
+from fedgalore_jax import blocks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.trials import trials
 
@@ -31,6 +31,14 @@ def test_trials_share_a_program_and_are_the_runs_themselves():
         plain = train.run(Config(**shape, lr=lr, seed=seed), say=lambda line: None)
         for name in ("train_loss", "loss", "accuracy"):
             np.testing.assert_allclose(loop[-1][name], plain.history[-1][name], rtol=1e-4)
+
+
+def test_trials_of_all_seeds_travel_in_one_shape(monkeypatch):
+    """Seeds deal clients of different sizes."""
+    monkeypatch.setattr(blocks, "TRAINING_SET", 0)
+    trial = trials(Config(**TINY | {"local_steps": 40, "batch_size": 16, "method": "fedavg"}))
+    assert trial(1e-3, 0).blocks == trial(1e-3, 1).blocks
+    assert trial(1e-3, 0).blocks.samples == 40 * 16
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def read(source: Source, path: str) -> Asked:
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{path!r} holds no image ({', '.join(SUFFIXES)})")
-    pixels, damaged = _open_all(files, *_model_input(source.model), None)
+    pixels, damaged = _open_all(files, *model_input(source.model), None)
     if len(damaged):
         raise ValueError(f"{files[damaged[0]]} cannot be read as an image: repair or remove it")
     return Asked([str(f) for f in files], Split({"pixel_values": pixels}, np.zeros(len(files), np.int32)))
@@ -157,7 +157,7 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
     domain = np.array([item.domain for item in items])
     _complete(split, domain, np.array([item.label for item in items]), source.seed)
     order = np.lexsort((domain, split)).tolist()  # stable: what is read together lies together
-    pixels, damaged = _open_all([items[i].file for i in order], *_model_input(source.model), source.cache)
+    pixels, damaged = _open_all([items[i].file for i in order], *model_input(source.model), source.cache)
     if len(damaged) > MOST_DAMAGED * len(items):
         raise ValueError(
             f"{len(damaged)} of {len(items)} images cannot be read, more than 1%; the first is"
@@ -203,7 +203,8 @@ def _complete(split: np.ndarray, domain: np.ndarray, labels: np.ndarray, seed: i
                 split[rows[chosen]] = part
 
 
-def _model_input(model: pathlib.Path) -> tuple[int, int]:
+def model_input(model: pathlib.Path) -> tuple[int, int]:
+    """The side of the square images that a model reads, and their channels."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "image_size" not in config:
         raise ValueError(f"{model} is a {config.get('model_type')} model and reads no images: choose a ViT")

