@@ -248,7 +248,7 @@ def source(config: Config, task: tasks.Task) -> Source:
     # Not the run's seed: a model is never tested on what another seed trained it on.
     names = ("data", "text_column", "label_column", "client_column", "max_length")
     fields = {name: getattr(config, name) for name in names}
-    return Source(model=model_path(config, task), cache=default_cache(), **fields)
+    return Source(model=model_path(config, task), cache=default_cache() / "data", **fields)
 
 
 def federate(config: Config, dataset: Dataset) -> FederatedData:

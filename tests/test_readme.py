@@ -65,6 +65,14 @@ def test_flags_files_and_methods_it_names_exist():
     assert {name.replace("…", "glue") for name in names_in("| task | data |")} == set(tasks.names())
 
 
+def test_the_house_has_every_room():
+    house = README.partition("## The house")[2].split("```")[1]
+    rooms = set(re.findall(r"\w+", house))
+    for folder in ("fedgalore_jax", "experiments"):
+        there = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+        assert {name for name in there if not name.startswith("__")} <= rooms, folder
+
+
 def names_in(header: str) -> set[str]:
     """What is set as code in the first column of the table with that header."""
     _, _, rest = README.partition(header)
