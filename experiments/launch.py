@@ -150,7 +150,7 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
         ready.append(None if done else prepare.prepare(config, beside=beside))
 
     def train_one(prepared: prepare.Prepared) -> train.Result:
-        dataset, folder = prepared.dataset, pathlib.Path(str(prepared.config.out_dir))
+        dataset, folder = prepared.loaded.dataset, pathlib.Path(str(prepared.config.out_dir))
         clients = counts(prepared.federation.parts, dataset.classes)
 
         def draw(result: train.Result) -> None:

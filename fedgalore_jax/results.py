@@ -29,9 +29,9 @@ def save_models(
         found = ((out / "models" / f"client-{c}", own(c)) for c in range(config.clients))
     for folder, model in found:
         if hosts.first():
-            models.save(folder, prepared.fns, model)
-            if prepared.base:
-                tokens.copy(prepared.base, folder)
+            models.save(folder, prepared.loaded.fns, model)
+            if prepared.loaded.base:
+                tokens.copy(prepared.loaded.base, folder)
     save_adapter(out / "adapter", prepared, state.server, params, say)
 
 
@@ -40,12 +40,12 @@ def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Ca
 
     What the folder cannot hold is named in one line through `say`.
     """
-    strategy, base = prepared.machine.strategy, prepared.base
+    strategy, base = prepared.machine.strategy, prepared.loaded.base
     if strategy.adapter is None or base is None:
         return
     factors, lora_alpha = strategy.adapter(server)
     factors = hosts.fetch(factors)
-    kernels, head = models.adapter_paths(prepared.fns)
+    kernels, head = models.adapter_paths(prepared.loaded.fns)
     _, trained, _ = by_role(prepared.config, prepared.task, params)
     if missing := (factors.keys() - kernels) | (trained.keys() - head):
         say(f"adapter/ is without {', '.join(sorted(missing))}: the whole result is in model/")
@@ -53,7 +53,7 @@ def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Ca
     if kept and hosts.first():
         models.save_adapter(
             path,
-            prepared.fns,
+            prepared.loaded.fns,
             kept,
             base_model=str(base),
             lora_alpha=lora_alpha,

@@ -10,7 +10,7 @@ from fedgalore_jax import models, tasks
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Generation
 from fedgalore_jax.evaluation import evaluator, generated, test_metrics
-from fedgalore_jax.prepare import Model, load_data, model_path, source, with_classes
+from fedgalore_jax.loading import Model, load_data, model_path, source, with_classes
 
 
 def evaluate(config: Config) -> dict[str, float]:

@@ -33,8 +33,9 @@ from fedgalore_jax.folder import (
     write_json,
     write_lines,
 )
+from fedgalore_jax.loading import Model
 from fedgalore_jax.plans import plan
-from fedgalore_jax.prepare import Model, Prepared, changes, describe, prepare
+from fedgalore_jax.prepare import Prepared, changes, describe, prepare
 from fedgalore_jax.progress import Progress, human
 from fedgalore_jax.results import save_models
 from fedgalore_jax.types import Params
@@ -207,7 +208,9 @@ class _Loop:
         progress = Progress(config.rounds, done, None if hosts.first() else io.StringIO())
         try:
             if not history:
-                self.write({"round": 0} | self.measure(state, self.prepared.dataset.validation), history)
+                self.write(
+                    {"round": 0} | self.measure(state, self.prepared.loaded.dataset.validation), history
+                )
                 self.best = tree.apart(state) if config.keep == "best" else None
             if done == config.rounds:
                 return self.kept(state), history
@@ -236,7 +239,7 @@ class _Loop:
         bit by bit what they were.
         """
         config, out = self.config, self.out
-        state = blocks.start(config, self.prepared.machine, self.prepared.params, self.prepared.blocks)
+        state = blocks.start(config, self.prepared.machine, self.prepared.loaded.params, self.prepared.blocks)
         if out is None or self.checkpoints is None:
             return state, []
         history, changed, like = read_lines(out / METRICS), changes(config), abstract(state)
@@ -289,7 +292,7 @@ class _Loop:
             if not np.isfinite(record["train_loss"]):
                 del record["train_loss"]  # nobody sent anything, or anything finite
             if t + 1 == rounds.stop and self.due(t + 1):
-                record |= self.measure(state, self.prepared.dataset.validation)
+                record |= self.measure(state, self.prepared.loaded.dataset.validation)
                 if record[self.metric] > self.best_of(history)[self.metric]:
                     self.best = tree.apart(state) if self.config.keep == "best" else None
             if not np.isfinite(record.get("loss", 0)):
@@ -345,7 +348,7 @@ class _Loop:
         """The task's metrics on a split: of the global model, or of each client's own on its share."""
         if not self.personal:
             return self.evaluator.metrics(state.server, split)
-        parts, classes = self.prepared.federation.parts, self.prepared.dataset.classes
+        parts, classes = self.prepared.federation.parts, self.prepared.loaded.dataset.classes
         rng = np.random.default_rng([self.config.seed, OWNERS])
         whose = owners(np.asarray(split.labels), parts, classes, rng)
         return personal_metrics(self.evaluator, state.server, state.clients, split, whose)
@@ -364,11 +367,11 @@ class _Loop:
         config, wire = self.config, self.prepared.wire
         missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
         sent, absent = config.rounds * config.participants, sum(record.get("absent", 0) for record in history)
-        fns, promised = self.prepared.fns, defences.guarantee(config)
+        fns, promised = self.prepared.loaded.fns, defences.guarantee(config)
         final = test_metrics(
             lambda split: self.measure(state, split),
             lambda generation: generated(fns, params, generation),
-            self.prepared.dataset,
+            self.prepared.loaded.dataset,
         )
         return {
             "method": config.method,

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Callable
 
 from fedgalore_jax.config import Config
-from fedgalore_jax.prepare import Prepared, federate, load_model, prepare
+from fedgalore_jax.loading import load_model
+from fedgalore_jax.prepare import Prepared, federate, prepare
 
 
 def trials(config: Config) -> Callable[[float, int], Prepared]:
@@ -25,12 +26,12 @@ def trials(config: Config) -> Callable[[float, int], Prepared]:
 
     def trial(lr: float, seed: int) -> Prepared:
         own = dataclasses.replace(shared.config, lr=lr, seed=seed)
-        federation = federate(own, shared.dataset)
-        _, params = load_model(own, shared.task, shared.dataset, shared.machine.mesh)
+        federation = federate(own, shared.loaded.dataset)
+        _, params = load_model(own, shared.task, shared.loaded.dataset, shared.machine.mesh)
         return shared._replace(
             config=own,
             federation=federation,
-            params=params,
+            loaded=shared.loaded._replace(params=params),
             compile=lambda: functools.partial(compiled(), lr),
         )
 

@@ -25,7 +25,7 @@ FLOORS = [
     },
     {"strategies", "tasks", "plans"},
     {"client", "aggregators"},
-    {"engine", "evaluation", "defences"},
+    {"engine", "evaluation", "defences", "loading"},
     {"blocks"},
     {"prepare"},
     {"results"},

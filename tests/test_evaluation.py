@@ -9,7 +9,7 @@ import pytest
 import tiny_vit
 from test_launch import SMALL, launch, lines
 
-from fedgalore_jax import evaluation, models, prepare, tasks, train
+from fedgalore_jax import evaluation, loading, models, prepare, tasks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Generation, Split, digits
 from fedgalore_jax.data.federated import OWNERS
@@ -99,7 +99,7 @@ def test_personal_models_answer_for_their_own_clients(tmp_path):
     )
     prepared = prepare.prepare(config)
     result = train.execute(prepared, say=lambda line: None)
-    test, dataset = prepared.dataset.test, prepared.dataset
+    test, dataset = prepared.loaded.dataset.test, prepared.loaded.dataset
     rng = np.random.default_rng([config.seed, OWNERS])
     whose = owners(test.labels, prepared.federation.parts, dataset.classes, rng)
     right = 0
@@ -123,7 +123,7 @@ def test_owners_follow_the_classes_of_their_clients():
 
 def test_fewer_samples_may_judge():
     config = Config(eval_samples=30, task="digits")
-    whole, few = (prepare.load_data(c, tasks.get("digits")) for c in (Config(), config))
+    whole, few = (loading.load_data(c, tasks.get("digits")) for c in (Config(), config))
     assert len(few.validation.labels) == len(few.test.labels) == 30 < len(whole.test.labels)
     np.testing.assert_array_equal(few.train.labels, whole.train.labels)
 
@@ -135,21 +135,21 @@ def test_classes_are_compared_by_name():
     plain = np.asarray(fns.apply(params, {"pixel_values": jnp.asarray(split.inputs["pixel_values"])}))
     dataset = digits.load()
     turned = dataset._replace(label_names=tuple("1032456789"))
-    other = prepare.with_classes(fns, turned, drawn=False)
+    other = loading.with_classes(fns, turned, drawn=False)
     got = np.asarray(other.apply(params, {"pixel_values": jnp.asarray(split.inputs["pixel_values"])}))
     np.testing.assert_array_equal(got, plain[:, [1, 0, 3, 2, 4, 5, 6, 7, 8, 9]])
-    assert prepare.with_classes(fns, dataset, drawn=False) is fns
+    assert loading.with_classes(fns, dataset, drawn=False) is fns
     letters = dataset._replace(label_names=tuple("abcdefghij"))
     with pytest.raises(ValueError, match=r"the model.s classes are 0, 1, 2.* the data.s a, b, c"):
-        prepare.with_classes(fns, letters, drawn=False)
-    assert prepare.with_classes(fns, letters, drawn=True).config.labels == tuple("abcdefghij")
+        loading.with_classes(fns, letters, drawn=False)
+    assert loading.with_classes(fns, letters, drawn=True).config.labels == tuple("abcdefghij")
 
 
 def test_another_seed_is_tested_on_the_same_samples():
     """The run's seed deals clients and batches; it never moves a sample between training and test."""
-    splits = [prepare.load_data(Config(seed=seed), tasks.get("digits")) for seed in (0, 1)]
+    splits = [loading.load_data(Config(seed=seed), tasks.get("digits")) for seed in (0, 1)]
     np.testing.assert_array_equal(splits[0].test.labels, splits[1].test.labels)
-    assert prepare.source(Config(seed=0), tasks.get("digits")) == prepare.source(
+    assert loading.source(Config(seed=0), tasks.get("digits")) == loading.source(
         Config(seed=1), tasks.get("digits")
     )
 

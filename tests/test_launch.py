@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import flags as our_flags
 from experiments.launch import main
-from fedgalore_jax import models, prepare, strategies, tasks, train, tree
+from fedgalore_jax import loading, models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
 from fedgalore_jax.metrics import classification
@@ -170,8 +170,8 @@ def test_the_seed_decides_the_split_and_the_head():
     def start(seed):
         config = Config(seed=seed)
         task = tasks.get(config.task)
-        data = task.load(prepare.source(config, task))
-        return prepare.federate(config, data).parts[0], prepare.load_model(config, task, data)[1]
+        data = task.load(loading.source(config, task))
+        return prepare.federate(config, data).parts[0], loading.load_model(config, task, data)[1]
 
     (part, params), (same_part, same), (other_part, other) = start(0), start(0), start(1)
     np.testing.assert_array_equal(part, same_part)
@@ -328,8 +328,8 @@ def test_a_comparison_holds_its_data_once():
     first, second = (Config(rounds=1, local_steps=1, clients=2, method=name) for name in ("fedavg", "fedit"))
     beside = prepare.prepare(first)
     other = prepare.prepare(second, beside=beside)
-    assert other.dataset is beside.dataset and other.machine.train is beside.machine.train
-    assert other.params is beside.params and other.config == second
+    assert other.loaded is beside.loaded and other.machine.train is beside.machine.train
+    assert other.config == second
 
 
 @pytest.mark.parametrize(

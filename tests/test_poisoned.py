@@ -44,14 +44,14 @@ def programs(config):
     rounds, config = machine.rounds(), prepared.config
 
     def accuracy(kind, present=True):
-        state = start(config, machine, prepared.params)
+        state = start(config, machine, prepared.loaded.params)
         faulty = jnp.isin(jnp.arange(config.clients), jnp.array(FAULTY))
         state.clients["kind"] = jnp.where(faulty, KINDS.index(kind), 0)
         rows = plan(config, machine.chunk, prepared.federation, range(config.rounds))
         if not present:
             rows = rows._replace(counts=np.where(np.isin(rows.ids, FAULTY), 0, rows.counts))
         state, metrics = rounds(state, machine.train, rows, config.rounds)
-        return prepared.evaluator.metrics(state.server, prepared.dataset.test)["accuracy"], metrics
+        return prepared.evaluator.metrics(state.server, prepared.loaded.dataset.test)["accuracy"], metrics
 
     return accuracy
 

@@ -11,8 +11,8 @@ from padding import widen
 
 from fedgalore_jax import tasks
 from fedgalore_jax.data import IGNORE, Source, packages, sft, tokens, word_problems
+from fedgalore_jax.loading import with_classes
 from fedgalore_jax.models import llama
-from fedgalore_jax.prepare import with_classes
 
 ROWS = [
     {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}

@@ -24,7 +24,7 @@ BLOCK = 10
 def alone(prepared: Prepared) -> float:
     """Seconds of all rounds, ten a call, with nothing in between."""
     config, machine, pieces = prepared.config, prepared.machine, prepared.blocks
-    state, program = blocks.start(config, machine, prepared.params, pieces), prepared.compile()
+    state, program = blocks.start(config, machine, prepared.loaded.params, pieces), prepared.compile()
     starts = range(0, config.rounds, BLOCK)
     rows = [
         plan(config, machine.chunk, prepared.federation, range(t, t + BLOCK), pieces.rounds) for t in starts
