@@ -119,7 +119,7 @@ def trimmed(rows: Upload, weights: Array, present: Array, *, trim: float) -> Upl
     last = jnp.maximum(count - 1 - first, 0)
 
     def ordered(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = tree.wide(x)
         return jnp.sort(jnp.where(tree.for_rows(present, x), x, jnp.inf), axis=0)  # the absent come last
 
     def mean(x):
@@ -160,8 +160,7 @@ def norm_clipped(rows: Upload, weights: Array, present: Array) -> Upload:
 
 def norms(rows: Tree) -> Array:
     """The global norm of each row `[C]`, in float32 or wider; squares of 1e30 would not be finite."""
-    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(rows)]
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in flat]
+    wide = [tree.wide(x.reshape(len(x), -1)) for x in jax.tree.leaves(rows)]
     peak = jnp.stack([abs(x).max(1) for x in wide]).max(0)
     unit = jnp.where(peak > 0, peak, 1)
     return peak * jnp.sqrt(sum(jnp.square(x / unit[:, None]).sum(1) for x in wide))

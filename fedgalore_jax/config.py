@@ -10,6 +10,7 @@ from typing import Any
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
+"""What products run in. Softmax, statistics of norms and logits are in float32 or wider in both."""
 KEEP = ("last", "best")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "norm_clip")
 MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override", "mesh")

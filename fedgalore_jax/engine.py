@@ -70,7 +70,7 @@ def init(
 ) -> RunState:
     """The state before round 0. Weights are kept in float32 or wider, whatever they were stored in:
     changes of a round would be lost in half precision. `remember=False` leaves out the memories."""
-    params = wide(params)
+    params = tree.wide(params)
     server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
     def begin(params, server_key, run_key):
@@ -85,12 +85,7 @@ def init(
 
 def memories(strategy: Strategy, params: Params, ids: Array) -> Tree:
     """The first memories of clients, a row for each."""
-    return jax.vmap(partial(strategy.client_init, wide(params)))(ids.astype(jnp.int32))
-
-
-def wide(params: Params) -> Params:
-    """Parameters in float32, or as they are where they are wider."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+    return jax.vmap(partial(strategy.client_init, tree.wide(params)))(ids.astype(jnp.int32))
 
 
 def shardings(strategy: Strategy, state: RunState, mesh: placement.Mesh) -> Any:

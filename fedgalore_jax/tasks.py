@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedgalore_jax import metrics
+from fedgalore_jax import metrics, tree
 from fedgalore_jax.data import (
     IGNORE,
     Asked,
@@ -70,13 +70,13 @@ def cross_entropy(logits: Array, batch: Batch) -> Array:
     Returns:
       A scalar in nats, in float32 or better.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(_wide(logits), batch["labels"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(tree.wide(logits), batch["labels"])
     return _mean(losses, batch["weight"])
 
 
 def squared_error(logits: Array, batch: Batch) -> Array:
     """Mean squared error of `logits [B, 1]` over the real samples of a batch."""
-    return _mean((_wide(logits)[:, 0] - batch["labels"]) ** 2, batch["weight"])
+    return _mean((tree.wide(logits)[:, 0] - batch["labels"]) ** 2, batch["weight"])
 
 
 def answer_loss(logits: Array, batch: Batch) -> Array:
@@ -93,7 +93,7 @@ def answer_loss(logits: Array, batch: Batch) -> Array:
 
 def answer_outputs(logits: Array, batch: Batch) -> Array:
     """`[B, 3]` float32: each sample's summed nats, answer tokens, and answer tokens predicted right."""
-    logits, labels = _wide(logits[:, :-1]), batch["labels"][:, 1:]
+    logits, labels = tree.wide(logits[:, :-1]), batch["labels"][:, 1:]
     real = labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
     right = (logits.argmax(-1) == labels) & real
@@ -108,11 +108,7 @@ def _logits(logits: Array, batch: Batch) -> Array:
 
 def _value(logits: Array, batch: Batch) -> Array:
     del batch
-    return _wide(logits)[:, 0]
-
-
-def _wide(logits: Array) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return tree.wide(logits)[:, 0]
 
 
 def _mean(losses: Array, weight: Array) -> Array:

@@ -117,6 +117,11 @@ def apart(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
 
 
+def wide(arrays: Tree) -> Tree:
+    """Arrays in float32, or as they are where they are wider."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arrays)
+
+
 def for_rows(vector: Array, rows: Array) -> Array:
     """A number for each row, `[C]`, in a shape that goes with rows `[C, ...]`."""
     return vector.reshape(-1, *(1 for _ in rows.shape[1:]))
@@ -153,7 +158,7 @@ def weighted_sum(rows: Tree, weights: Array) -> Tree:
         if isinstance(leaf, LowRank):
             product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
             return product("c,c...mr,c...rn->...mn", weights, leaf.a, leaf.b)
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.tensordot(weights.astype(wide.dtype), wide, 1, precision=jax.lax.Precision.HIGHEST)
+        leaf = wide(leaf)
+        return jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision=jax.lax.Precision.HIGHEST)
 
     return jax.tree.map(one, rows, is_leaf=lambda leaf: isinstance(leaf, LowRank))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedgalore_jax import tree
 from fedgalore_jax.models import functional
 from fedgalore_jax.models.functional import KEEP, TRANSPOSE, ModelFns, Transform
 from fedgalore_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, dropout, normal
@@ -165,7 +166,7 @@ def encoder(
         x = cast(embeddings.bind(params["embeddings"])(ids, types, positions(ids), key=keys[0]))
         masked = layer._replace(bind=lambda weights: functools.partial(layer.bind(weights), mask=mask))
         x = functional.apply_stack(masked, params["layers"], x, key=keys[1], unroll=unroll, remat=remat)
-        return functional.wide(x[:, 0])
+        return tree.wide(x[:, 0])
 
     return init, encode
 

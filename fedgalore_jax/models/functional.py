@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedgalore_jax import tree
+from fedgalore_jax.config import PRECISIONS
 from fedgalore_jax.types import Array, Batch, Params
 
 
@@ -64,10 +66,6 @@ class ModelFns(NamedTuple):
     decoder: Decoder | None = None
 
 
-PRECISIONS = ("float32", "bf16")
-"""What products run in. Softmax, statistics of norms and logits are in float32 or wider in both."""
-
-
 def caster(precision: str) -> Callable[[Array], Array]:
     """The cast of an array to the dtype that products run in; layers then keep to it.
 
@@ -80,12 +78,7 @@ def caster(precision: str) -> Callable[[Array], Array]:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision == "bf16":
         return lambda x: x.astype(jnp.bfloat16)
-    return wide
-
-
-def wide(x: Array) -> Array:
-    """`x` in float32, or as it is where it is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return tree.wide
 
 
 Transform = Callable[[Any], Any]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedgalore_jax import adapters
+from fedgalore_jax import adapters, tree
 from fedgalore_jax.types import Array
 
 
@@ -91,7 +91,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[..., D]` to the same shape and dtype."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = tree.wide(x)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         y = y * _along(self.scale.get_value(), y) + _along(self.bias.get_value(), y)
@@ -111,7 +111,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """`[..., D]` to the same shape and dtype."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = tree.wide(x)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         return (y * _along(self.scale.get_value(), y)).astype(x.dtype)
 

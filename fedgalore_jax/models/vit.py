@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fedgalore_jax import tree
 from fedgalore_jax.models import functional
 from fedgalore_jax.models.functional import KEEP, TRANSPOSE, ModelFns, Transform
 from fedgalore_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, dropout, normal
@@ -179,7 +180,7 @@ def build(
         embed = embeddings.bind(jax.tree.map(cast, params["embeddings"]))
         x = embed(inputs["pixel_values"], key=keys[0])
         x = functional.apply_stack(layer, params["layers"], x, key=keys[1], unroll=unroll, remat=remat)
-        return head.bind(params["classifier"])(norm.bind(params["layernorm"])(functional.wide(x[:, 0])))
+        return head.bind(params["classifier"])(norm.bind(params["layernorm"])(tree.wide(x[:, 0])))
 
     return ModelFns(config, init, apply, precision)
 
