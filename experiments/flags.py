@@ -95,8 +95,6 @@ def configs(values: flags.FlagValues) -> list[Config]:
     }
     options = _options(values.opt, methods)
     out = given.pop("out_dir")
-    if out == "":
-        raise ValueError("out_dir='' is not usable: give a value, or leave it out")
     several = len(methods) > 1
     return [
         Config(

@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
 
 def streams(train: Split) -> bool:
     """Whether training data travel with each block."""
-    return hosts.several() or sum(x.nbytes for x in train.arrays.values()) > TRAINING_SET
+    return hosts.several() or tree.nbytes(train.arrays) > TRAINING_SET
 
 
 def cut(config: Config, machine: engine.Engine, most: int, memories: Tree) -> Blocks:
@@ -68,7 +68,7 @@ def cut(config: Config, machine: engine.Engine, most: int, memories: Tree) -> Bl
     rounds, samples, slots = min(config.eval_every, ROUNDS, config.rounds), 0, None
     if machine.streams:
         samples = min(config.local_steps * config.batch_size, most)
-        sample = sum(x.nbytes // len(x) for x in machine.train.values())
+        sample = tree.nbytes(machine.train) // len(machine.train["labels"])
         rounds = max(1, min(rounds, RESIDENT // (config.participants * samples * sample)))
     if (needed := tree.nbytes(memories)) > RESIDENT:
         one, shares = needed // config.clients, placement.shares(machine.mesh)
@@ -223,6 +223,6 @@ def load(machine: engine.Engine, plan: Plan, blocks: Blocks) -> tuple[engine.Dat
         own, place = np.unique(plan.samples[r, c], return_inverse=True)
         rows[r, c, : len(own)], samples[r, c] = own, place.reshape(batches)
     rows = rows.reshape(rounds, -1, machine.chunk, blocks.samples)
-    where = machine.mesh and placement.along(machine.mesh, 2)
+    where = placement.along(machine.mesh, 2)
     own = {name: placement.rows(x, rows, where) for name, x in machine.train.items()}
     return own, plan._replace(samples=samples)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedgalore_jax import models, placement
+from fedgalore_jax import models, placement, tree
 from fedgalore_jax.data import Dataset, Generation, Split, split_by_length
 from fedgalore_jax.tasks import Task
 from fedgalore_jax.types import Params
@@ -36,11 +36,10 @@ class Evaluator(NamedTuple):
 
     def outputs(self, state: Any, split: Split) -> np.ndarray:
         """The task's outputs of every sample, `[n, ...]`, in the split's order."""
-        spread = None if self.mesh is None else placement.along(self.mesh, 1)
+        spread = placement.along(self.mesh, 1)
         rows, parts = [], []
         for where, part in split_by_length(split):
-            each = sum(x.nbytes // len(x) for x in part.arrays.values()) * self.batch
-            outs = []
+            each, outs = tree.nbytes(part.arrays) // len(part.labels) * self.batch, []
             for batches in in_batches(where, self.batch, max(1, AT_ONCE // each)):
                 given = {name: placement.rows(x, batches, spread) for name, x in part.arrays.items()}
                 outs.append(np.asarray(self.program(state, given)))

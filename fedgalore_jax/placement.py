@@ -162,9 +162,9 @@ def _as_weight(mesh: Mesh, keys: tuple, shape: tuple[int, ...], weights: Flat) -
     return (is_one and weight(mesh, path, shape)) or whole(mesh)
 
 
-def along(mesh: Mesh, axis: int) -> NamedSharding:
-    """Sharding of rows of clients or samples, which that axis counts."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, CLIENTS))
+def along(mesh: Mesh | None, axis: int) -> NamedSharding | None:
+    """Sharding of rows of clients or samples, which that axis counts; None without a mesh."""
+    return mesh and NamedSharding(mesh, PartitionSpec(*[None] * axis, CLIENTS))
 
 
 def placed(shapes: Tree, shardings: Tree) -> Tree:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedgalore_jax import tree
 from fedgalore_jax.data import cache
 from fedgalore_jax.data.cache import cached
 from fedgalore_jax.data.padded import Padded
@@ -117,7 +118,7 @@ def test_padded_rows_are_those_of_an_array(rows, data):
     for i, (length, unseen) in enumerate(rows):
         wanted[i, unseen:length] = tokens[starts[i] + unseen : starts[i] + max(length, unseen)]
     got = Padded(tokens, starts, lengths, width, -1, hidden)
-    assert (got.shape, got.ndim, got.nbytes, len(got)) == (wanted.shape, 2, 4 * wanted.size, len(rows))
+    assert (got.shape, got.ndim, tree.nbytes(got), len(got)) == (wanted.shape, 2, 4 * wanted.size, len(rows))
     assert np.asarray(got).dtype == got.dtype == np.int32
     np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(got[:, :size], wanted[:, :size])

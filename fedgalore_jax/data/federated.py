@@ -74,8 +74,8 @@ class FederatedData(NamedTuple):
             plan.ids[r, :cohort] = self.cohort(t, cohort)
             for c, client in enumerate(plan.ids[r, :cohort]):
                 size = min(len(self.parts[client]), batch_size)
-                plan.samples[r, c] = self.parts[client][0]  # padding is the client's, too: no other's travel
                 plan.samples[r, c, :, :size] = self.batches(t, client, steps, size)
+                plan.samples[r, c, :, size:] = self.parts[client][0]  # the client's too: no other's travel
                 plan.weight[r, c, :size] = 1
                 plan.counts[r, c] = len(self.parts[client])
         plan.slots[:] = plan.ids

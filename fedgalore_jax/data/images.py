@@ -215,8 +215,7 @@ def _open_all(
     files: Sequence[pathlib.Path | bytes], size: int, channels: int, cache: pathlib.Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels `[n - damaged, size, size, channels]` uint8 of what can be read, and what cannot."""
-
-    Image, read = _pillow(), reader(size, channels)
+    read = reader(size, channels)
 
     def compute(empty: Empty) -> Arrays:
         good, damaged = 0, []
@@ -225,7 +224,7 @@ def _open_all(
             try:
                 pixels[good] = read(file)
                 good += 1
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # of broken files
+            except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
                 damaged.append(i)
         return {"pixels": pixels, "damaged": np.array(damaged, int)}
 
@@ -243,23 +242,21 @@ def _fingerprint(file: pathlib.Path | bytes) -> Any:
 
 def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
     """A function from a path or encoded bytes to pixels `[size, size, channels]` uint8, bilinear as ViT's."""
-    Image = _pillow()
-
-    def read(file: pathlib.Path | bytes) -> np.ndarray:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            mode = {1: "L", 3: "RGB"}[channels]
-            small = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(small).reshape(size, size, channels)
-
-    return read
-
-
-def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("images are read by Pillow: pip install pillow") from error
-    return Image
+
+    def read(file: pathlib.Path | bytes) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                mode = {1: "L", 3: "RGB"}[channels]
+                small = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
+        return np.asarray(small).reshape(size, size, channels)
+
+    return read
 
 
 def _root(source: Source) -> pathlib.Path:

@@ -48,9 +48,9 @@ class Padded:
         return 2
 
     @property
-    def nbytes(self) -> int:
-        """Of the array that this behaves as."""
-        return len(self.starts) * self.width * self.dtype.itemsize
+    def size(self) -> int:
+        """Elements of the array that this behaves as."""
+        return len(self.starts) * self.width
 
     def take(self, rows: np.ndarray, axis: int = 0) -> "Padded":
         """These rows, as unread as all of them."""

@@ -154,8 +154,8 @@ def _questions(
 ) -> tuple[Generation, list[str]]:
     """Prompts to generate from, and what was cut of them."""
     positions, end = tokens.positions(source.model), ends(source.model, own)
-    spans = zip(encoded.starts, encoded.starts + encoded.prompts, strict=True)
-    prompts = [encoded.ids[start:end] for start, end in spans]
+    spans = zip(encoded.starts, encoded.prompts, strict=True)
+    prompts = [encoded.ids[start : start + length] for start, length in spans]
     max_new_tokens = min(max_new_tokens, positions // 2)
     room, notes = positions - max_new_tokens, []
     if cut := sum(len(p) > room for p in prompts):
