@@ -279,12 +279,17 @@ def _where(moved: Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map_with_path(one, new, old)
 
 
+_ON_GPU = {
+    # cuBLAS adds biases inside its products, and needs no tuning.
+    "xla_gpu_enable_triton_gemm": False,
+    # Products of one input stay apart: merged, their kernels are copied in every step, and their results.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """The program of rounds that were traced and lowered, with the options that suit the backend."""
-    # cuBLAS adds biases inside its products and needs no tuning: a round takes 0.96 of the time, and compiles
-    # sooner.
-    on_gpu = jax.default_backend() == "gpu"
-    return lowered.compile({"xla_gpu_enable_triton_gemm": False} if on_gpu else None)
+    return lowered.compile(_ON_GPU if jax.default_backend() == "gpu" else None)
 
 
 def on_device(split: Split, mesh: placement.Mesh | None = None, *, streams: bool = False) -> Data:
