@@ -14,7 +14,6 @@ from jax.custom_batching import sequential_vmap
 from fedgalore_jax.types import Array
 
 FINDERS = ("svd", "gram", "subspace", "random")
-_PASSES = 3  # the error falls as the sixth power of the gap (Halko et al., §4.5)
 # Few numbers, used for many steps: products in TF32 or bfloat16 would save nothing.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -89,19 +88,23 @@ def fix_signs(basis: Array) -> Array:
     return jnp.where(peak < 0, -basis, basis)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "finder"))
-def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("rank", "finder", "passes"))
+def leading_subspace(
+    matrix: Array, rank: int, *, finder: str = "subspace", key: Array, passes: int = 3
+) -> Array:
     """An orthonormal basis of the leading left singular subspace.
 
     Args:
       matrix: `[..., m, n]`; use `matrix.mT` for the right singular subspace.
       rank: r, from 1 to m. Beyond the matrix's own rank the columns are arbitrary.
       finder: one of `FINDERS`. 'svd' is the reference, 'gram' is `eigh` of the smaller Gram matrix:
-        columns by descending singular value. 'subspace' is three passes of subspace iteration from
-        a random start: the same space as far as there is a gap after the r-th singular value; its
-        columns tend to the singular vectors in order, but are not rotated to them (Rayleigh-Ritz
-        would need LAPACK). 'random' looks only at the shape.
+        columns by descending singular value. 'subspace' is subspace iteration from a random start: the
+        same space as far as there is a gap after the r-th singular value; its columns tend to the
+        singular vectors in order, but are not rotated to them (Rayleigh-Ritz would need LAPACK).
+        'random' looks only at the shape.
       key: a PRNG key; 'svd' ignores it.
+      passes: of subspace iteration, two readings of the matrix each. The error falls as the power
+        `2 * passes` of the gap (§4.5).
 
     Returns:
       `[..., m, r]` in float32 (float64 if the matrix is), orthonormal ('svd' and 'gram': for finite
@@ -120,17 +123,16 @@ def leading_subspace(matrix: Array, rank: int, *, finder: str = "subspace", key:
         return random_basis(key, (*stack, m), rank, dtype)
     g = matrix.astype(dtype)
     if finder == "subspace":
-        # Directions are searched for, to which TF32 is exact enough and a GPU three times as fast.
-        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGH)
+        halved = _for_thin(g)
 
         def iterate(_, basis):
             # The thin product is scaled, not the matrix: nothing of its size is written.
-            thin = _scaled(product("...mn,...mr->...nr", g, basis), axis=(-2, -1))
-            return orthonormalise(product("...mn,...nr->...mr", g, thin), key)
+            thin = _scaled(thin_product(halved, basis, transposed=True), axis=(-2, -1))
+            return orthonormalise(thin_product(halved, thin), key)
 
         # One loop and one draw: compiling them is what a model of a hundred kernels waits for.
         start = _normal(key, (*stack, m, rank), dtype)
-        basis = jax.lax.fori_loop(0, _PASSES, iterate, start)
+        basis = jax.lax.fori_loop(0, passes, iterate, start)
     elif finder == "svd":
         basis = _one_by_one(lambda a: jnp.linalg.svd(a, rank > n)[0], g)[..., :rank]
     elif finder == "gram":
@@ -172,6 +174,40 @@ def factored_svd(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
         u,
         jnp.pad(s[..., :rank], [*stack, (0, missing)]),
         jnp.pad(vt[..., :rank, :], [*stack, (0, missing), (0, 0)]),
+    )
+
+
+def thin_product(matrix: Array, thin: Array, *, transposed: bool = False) -> Array:
+    """A matrix times few columns, where reading the matrix is all that takes time.
+
+    A GPU or TPU reads it in bfloat16, unless it is in float64: half the bytes, and nothing is lost of a
+    gradient that was computed in bfloat16. The columns go in as sums of two such numbers, 16 bits of each.
+
+    Args:
+      matrix: `[..., m, n]`, in float32 or wider, or in bfloat16.
+      thin: `[..., n, r]`, or `[..., m, r]` with `transposed`, in float32 or wider.
+      transposed: multiply by the matrix's transpose.
+
+    Returns:
+      `[..., m, r]`, or `[..., n, r]` with `transposed`, in the dtype of `thin`.
+    """
+    axes = "...mn,...mr->...nr" if transposed else "...mn,...nr->...mr"
+    matrix = _for_thin(matrix)
+    if matrix.dtype != jnp.bfloat16:
+        return jnp.einsum(axes, matrix, thin, precision=jax.lax.Precision.HIGHEST)
+    # Not by casts there and back, which XLA takes away.
+    high = jax.lax.reduce_precision(thin, exponent_bits=8, mantissa_bits=7)
+    pair = jnp.concatenate([high, thin - high], -1).astype(jnp.bfloat16)
+    first, second = jnp.split(jnp.einsum(axes, matrix, pair, preferred_element_type=thin.dtype), 2, -1)
+    return first + second
+
+
+def _for_thin(matrix):
+    """The matrix as `thin_product` reads it."""
+    return (
+        matrix.astype(jnp.bfloat16)
+        if matrix.dtype == jnp.float32 and jax.default_backend() != "cpu"
+        else matrix
     )
 
 
