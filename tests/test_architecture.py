@@ -10,8 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"types"},
-    {"tree", "adapters", "lowrank", "config", "progress", "folder", "hosts"},
+    {"tree", "lowrank", "config", "progress", "folder", "hosts"},
     {"placement"},
+    {"adapters"},
     {
         "galore",
         "shared_signal",
