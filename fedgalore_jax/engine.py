@@ -204,9 +204,9 @@ class Engine(NamedTuple):
         first = jax.tree.map(lambda x: x[0], chunks)
         shapes = jax.eval_shape(lambda c: train_chunk(c)[0], first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, rows = jax.lax.scan(add_chunk, zeros, chunks)
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
-        uploads, memory, losses, present = rows
+        total, (uploads, memory, losses, present) = jax.lax.scan(add_chunk, zeros, chunks)
+        kept = uploads, losses, present
+        uploads, losses, present = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
 
         weights = self.aggregator.weights(jnp.where(present, counts, 0), size)
         noise = jax.random.fold_in(key, self.num_clients + 1)  # no client's
@@ -219,6 +219,7 @@ class Engine(NamedTuple):
         loss = jnp.average(losses, weights=weights)  # NaN where no one is left
         metrics = {"train_loss": loss, "rejected": (mask & ~present).sum(), **metrics, **missed}
         slots, ids = (jnp.where(present, x, self.num_clients) for x in (plan.slots, plan.ids))
+        slots = slots.reshape(-1, self.chunk)  # as memories come: joined chunks are no longer spread
         clients = jax.tree.map(lambda rows, new: rows.at[slots].set(new, mode="drop"), state.clients, memory)
         last = state.last.at[ids].set(download.round, mode="drop")
         return RunState(server, clients, last, state.key), metrics

@@ -150,14 +150,20 @@ def of_server(mesh: Mesh, state: Tree, weights: Flat) -> Tree:
 
 
 def of_clients(mesh: Mesh, rows: Tree, weights: Flat) -> Tree:
-    """Shardings of clients' memories `[N, ...]`: rows over `clients` where that divides N.
+    """Shardings of clients' memories `[N, ...]`: every row spread over all devices.
 
-    What is kept in a weight's shape is spread over `model` as well.
+    Each device reads and writes its part of any row, and exchanges parts with those that train the clients.
+    Were whole rows on single devices, all would be gathered by all to get at some. What is kept in a weight's
+    shape is spread over `model` as that is.
     """
 
     def one(keys, x):
-        clients = CLIENTS if x.shape[0] % mesh.shape[CLIENTS] == 0 else None
-        return NamedSharding(mesh, PartitionSpec(clients, *_as_weight(mesh, keys, x.shape[1:], weights).spec))
+        spec = list(_as_weight(mesh, keys, x.shape[1:], weights).spec)
+        spec += [None] * (x.ndim - 1 - len(spec))
+        free = [i for i, n in enumerate(x.shape[1:]) if not spec[i] and n % mesh.shape[CLIENTS] == 0]
+        if free:  # the longest; the last only where it is alone: devices compute on it in wide rows
+            spec[max(free, key=lambda i: (i < x.ndim - 2, x.shape[1 + i]))] = CLIENTS
+        return NamedSharding(mesh, PartitionSpec(None, *spec))
 
     return jax.tree.map_with_path(one, rows)
 
@@ -206,7 +212,9 @@ def rows(x: Any, ids: np.ndarray, sharding: NamedSharding | None) -> Array:
 
     def share(where: Any) -> np.ndarray:
         if str(where) not in gathered:
-            gathered[str(where)] = x[ids[where[: ids.ndim]]][(..., *where[ids.ndim :])]
+            wanted, part = ids[where[: ids.ndim]], where[ids.ndim :]
+            whole = all(axis == slice(None) for axis in part)  # what is read by the row takes nothing else
+            gathered[str(where)] = x[wanted] if whole else x[(wanted, *part)]
         return gathered[str(where)]
 
     return jax.make_array_from_callback((*ids.shape, *x.shape[1:]), sharding, share)

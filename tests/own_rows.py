@@ -24,19 +24,23 @@ BLOCKS = blocks.Blocks(ROUNDS, slots=12, samples=6)
 
 
 class Watched(np.ndarray):
-    """Remembers which of its rows are asked for by number."""
+    """Remembers which of its rows are asked for by number, and how many numbers are taken of them."""
 
     asked: set
+    taken: int
 
     def __getitem__(self, where):
-        if isinstance(where, np.ndarray):
-            self.asked |= set(where.ravel().tolist())
-        return np.asarray(self)[where]
+        taken = np.asarray(self)[where]
+        rows = where[0] if isinstance(where, tuple) else where
+        if isinstance(rows, np.ndarray):
+            self.asked |= set(rows.ravel().tolist())
+            self.taken += taken.size
+        return taken
 
 
 def watched(x):
     x = np.array(x).view(Watched)
-    x.asked = set()
+    x.asked, x.taken = set(), 0
     return x
 
 
@@ -47,7 +51,7 @@ def lies_as(x, whole):
 
 
 def travels(shape):
-    """Both processes give their devices the right rows, and gather none for the other's clients."""
+    """Both processes give their devices the right rows, and gather nothing for the other's."""
     mesh, process = placement.mesh(shape), jax.process_index()
     it, params = machine("memories", mesh, streams=True)
     it = it._replace(train={name: watched(x) for name, x in it.train.items()})
@@ -65,8 +69,11 @@ def travels(shape):
     samples = PLAN.samples.reshape(ROUNDS, -1, CHUNK, K * B)[:, :, trained]
     for x in it.train.values():
         assert x.asked == set(samples.ravel().tolist())
-    for x in jax.tree.leaves(store):
-        assert x.asked == set((slots if both else np.split(slots, 2)[process]).tolist())
+    for x, there in zip(*map(jax.tree.leaves, (store, lent)), strict=True):
+        shares = {str(shard.index): shard.data.size for shard in there.addressable_shards}
+        assert x.taken == sum(shares.values())
+        assert x.taken in (there.size, there.size // 2)  # an axis that does not divide is whole
+    assert sum(x.taken for x in jax.tree.leaves(store)) < 0.6 * sum(x.size for x in jax.tree.leaves(lent))
     jax.tree.map(lambda x, kept: lies_as(x, np.asarray(kept)[slots]), lent, store)
     rows = plan.samples.reshape(ROUNDS, -1, CHUNK, K * B)
     for name, x in it.train.items():

@@ -79,6 +79,8 @@ def main(out):
         results[f"{name}|gathered"] = gathered(program)
         kernel = (state.server.params if "rows" in name else state.server.trainable)["layers/output/kernel"]
         results[f"{name}|share"] = np.asarray(kernel.addressable_shards[0].data.shape)
+    remembered = state.clients["layers/output/kernel"]  # of the last case
+    results["memories|memory"] = np.asarray(remembered.addressable_shards[0].data.shape)
     np.savez(out, **results)
 
 

@@ -67,6 +67,11 @@ def test_weights_stay_apart(eight):
         assert not spread_out & set(eight[f"{name}|gathered"]), name
 
 
+def test_every_memory_is_spread_over_all_devices(eight):
+    """Of ten clients that remember a kernel of 3 x 20 x 12, on four shares of clients and two of a model."""
+    assert tuple(eight["memories|memory"]) == (10, 3, 10, 3)
+
+
 def test_every_family_has_its_weights_spread():
     def axes(model):
         _, params = model
