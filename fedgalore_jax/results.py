@@ -1,11 +1,15 @@
-"""The models that a run leaves in its folder."""
+"""What a run leaves in its folder at its end: its models, and the numbers of `summary.json`."""
 
 import pathlib
+import platform
 from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
 
 import jax
+import numpy as np
 
-from fedgalore_jax import engine, hosts, models, tree
+from fedgalore_jax import defences, engine, hosts, models, placement, tree
 from fedgalore_jax.data import tokens
 from fedgalore_jax.prepare import Prepared, by_role
 from fedgalore_jax.types import Params
@@ -60,3 +64,46 @@ def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Ca
             rank=next(iter(kept.values())).a.shape[-1],
             head={path: flat[path] for path in head},
         )
+
+
+def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The first record with the best validation metric."""
+    return max((record for record in history if metric in record), key=lambda record: record[metric])
+
+
+def summary(prepared: Prepared, history: list[dict[str, Any]], final: dict[str, float]) -> dict[str, Any]:
+    """What a run came to.
+
+    Args:
+      prepared: the run.
+      history: a record of every round, see `train.Result`.
+      final: metrics of the test split.
+    """
+    config, wire, metric = prepared.config, prepared.wire, prepared.task.metric
+    judged, best = [record for record in history if metric in record], best_of(history, metric)
+    kept = best if config.keep == "best" else judged[-1]
+    missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
+    sent, absent = config.rounds * config.participants, sum(record.get("absent", 0) for record in history)
+    promised = defences.guarantee(config)
+    return {
+        "method": config.method,
+        "metric": metric,
+        "final": final,
+        "validation": {"final": kept[metric], "initial": judged[0][metric]},
+        "best": {"round": best["round"], metric: best[metric]},
+        "kept": {"which": config.keep, "round": kept["round"]},
+        "personal": prepared.machine.strategy.personal,
+        "rounds": config.rounds,
+        "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
+        **({"privacy": promised._asdict()} if promised else {}),
+        "bytes_total": sent * (wire.up + wire.down) - absent * wire.up + missed,
+        "bytes_catch_up": missed,
+        "optimizer_bytes": wire.optimizer,
+        "client_memory_bytes": wire.memory,
+        "catch_up_bytes_per_missed_round": wire.catch_up,
+        "gradients_per_step": wire.gradients,
+        "seconds_per_round": float(np.median([record["seconds"] for record in history[1:]])),
+        "device": f"{jax.devices()[0].device_kind} x {placement.size(prepared.machine.mesh)}",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+    }

@@ -4,16 +4,14 @@ import contextlib
 import dataclasses
 import io
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedgalore_jax import blocks, defences, engine, hosts, placement, tree
+from fedgalore_jax import blocks, engine, hosts, tree
 from fedgalore_jax.checkpoint import Checkpoints, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split
@@ -37,7 +35,7 @@ from fedgalore_jax.loading import Model
 from fedgalore_jax.plans import plan
 from fedgalore_jax.prepare import Prepared, changes, describe, prepare
 from fedgalore_jax.progress import Progress, human
-from fedgalore_jax.results import save_models
+from fedgalore_jax.results import best_of, save_models, summary
 from fedgalore_jax.types import Params
 
 SELDOM = ("absent", "rejected")
@@ -148,7 +146,7 @@ def execute(
             params = hosts.fetch(params)
         if out and loop.complete:
             return Result(params, history, read_json(out / SUMMARY))
-        result = Result(params, history, loop.summary(state, params, history))
+        result = Result(params, history, summary(prepared, history, loop.test(state, params)))
         if out:
             save_models(out, prepared, state, params, say)
         if out and hosts.first():
@@ -245,7 +243,7 @@ class _Loop:
         history, changed, like = read_lines(out / METRICS), changes(config), abstract(state)
 
         def saved(rounds):
-            best = self.best_of(history[: rounds + 1])["round"]
+            best = best_of(history[: rounds + 1], self.metric)["round"]
             return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
 
         self.complete = (out / SUMMARY).exists() and not changed
@@ -293,7 +291,7 @@ class _Loop:
                 del record["train_loss"]  # nobody sent anything, or anything finite
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.loaded.dataset.validation)
-                if record[self.metric] > self.best_of(history)[self.metric]:
+                if record[self.metric] > best_of(history, self.metric)[self.metric]:
                     self.best = tree.apart(state) if self.config.keep == "best" else None
             if not np.isfinite(record.get("loss", 0)):
                 raise FloatingPointError(
@@ -320,7 +318,7 @@ class _Loop:
         every, told = self.config.checkpoint_every, hosts.anywhere(self.stop())
         due = every and (done % every == 0 or done == self.config.rounds)
         if self.checkpoints and (due or told):
-            other = self.best is not None and self.best_of(history)["round"] != done
+            other = self.best is not None and best_of(history, self.metric)["round"] != done
             best = {"best": self.best} if other else {}
             self.checkpoints.save(done, {"state": state} | best)
         if told:
@@ -331,10 +329,6 @@ class _Loop:
     def due(self, done: int) -> bool:
         """Whether to evaluate after `done` rounds."""
         return done % self.config.eval_every == 0 or done == self.config.rounds
-
-    def best_of(self, history: list) -> dict[str, Any]:
-        """The first record with the best validation metric."""
-        return max((h for h in history if self.metric in h), key=lambda record: record[self.metric])
 
     def latest(self, history: list) -> float:
         """The newest validation metric."""
@@ -359,39 +353,10 @@ class _Loop:
         if self.out and hosts.first():
             append_line(self.out / METRICS, record)
 
-    def summary(self, state: engine.RunState, params: Params, history: list) -> dict[str, Any]:
-        """Totals, and the test split's one use."""
-        judged = [record for record in history if self.metric in record]
-        best = self.best_of(history)
-        kept = best if self.config.keep == "best" else judged[-1]
-        config, wire = self.config, self.prepared.wire
-        missed = int(sum(record.get("bytes_catch_up", 0) for record in history))
-        sent, absent = config.rounds * config.participants, sum(record.get("absent", 0) for record in history)
-        fns, promised = self.prepared.loaded.fns, defences.guarantee(config)
-        final = test_metrics(
+    def test(self, state: engine.RunState, params: Params) -> dict[str, float]:
+        """The test split's one use."""
+        return test_metrics(
             lambda split: self.measure(state, split),
-            lambda generation: generated(fns, params, generation),
+            lambda generation: generated(self.prepared.loaded.fns, params, generation),
             self.prepared.loaded.dataset,
         )
-        return {
-            "method": config.method,
-            "metric": self.metric,
-            "final": final,
-            "validation": {"final": kept[self.metric], "initial": judged[0][self.metric]},
-            "best": {"round": best["round"], self.metric: best[self.metric]},
-            "kept": {"which": config.keep, "round": kept["round"]},
-            "personal": self.personal,
-            "rounds": config.rounds,
-            "bytes_per_client_and_round": {"up": wire.up, "down": wire.down},
-            **({"privacy": promised._asdict()} if promised else {}),
-            "bytes_total": sent * (wire.up + wire.down) - absent * wire.up + missed,
-            "bytes_catch_up": missed,
-            "optimizer_bytes": wire.optimizer,
-            "client_memory_bytes": wire.memory,
-            "catch_up_bytes_per_missed_round": wire.catch_up,
-            "gradients_per_step": wire.gradients,
-            "seconds_per_round": float(np.median([record["seconds"] for record in history[1:]])),
-            "device": f"{jax.devices()[0].device_kind} x {placement.size(self.prepared.machine.mesh)}",
-            "versions": {"python": platform.python_version()}
-            | {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
-        }
