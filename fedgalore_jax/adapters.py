@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedgalore_jax import placement
 from fedgalore_jax.types import Adapted, Array, LoRA, LowRank
 
 
@@ -65,12 +64,7 @@ def _thin(x: Array, factors: Sequence[Array]) -> list[Array]:
 
 
 def _merging_pays(x: Array, kernels: Sequence[Array | Adapted]) -> bool:
-    """Whether fewer bytes move with merged kernels: those of tokens outweigh those of kernels.
-
-    Where devices share a kernel, merging would fetch every row of the factors from the others.
-    """
-    if placement.spreads_weights():
-        return False
+    """Whether fewer bytes move with merged kernels: those of tokens outweigh those of kernels."""
     sides = [min(kernel.base.shape) for kernel in kernels if isinstance(kernel, Adapted)]
     return math.prod(x.shape[:-1]) > max(sides, default=math.inf)
 

@@ -68,12 +68,6 @@ def shares(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[CLIENTS]
 
 
-def spreads_weights() -> bool:
-    """Whether what is being traced has weights spread over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape[MODEL] > 1
-
-
 def over_clients(rows: Tree, axis: int = 0) -> Tree:
     """Spreads an axis of traced arrays over `clients`, which divides it; other axes stay as they are."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedgalore_jax import adapters, placement
+from fedgalore_jax import adapters
 from fedgalore_jax.adapters import matmuls, merge
 from fedgalore_jax.types import Adapted
 
@@ -91,12 +91,3 @@ def test_merging_is_for_more_tokens_than_a_kernel_has_rows(monkeypatch):
     assert products(jnp.ones((6, m))) == 3 + 1
     monkeypatch.setattr(adapters, "_FEW", 1)
     assert products(jnp.ones((6, m))) > 3 + 1
-
-
-@pytest.mark.parametrize("mesh, merges", [((2, 1), True), ((1, 2), False)])
-def test_nothing_is_merged_where_devices_share_a_kernel(mesh, merges):
-    """By the compiler for TPUs every row of a factor was fetched for it, in every step."""
-    some, _ = kernels()
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(mesh, placement.AXES)):
-        program = str(jax.make_jaxpr(lambda x: matmuls(x, some))(jnp.ones((6, m))))
-    assert ("custom_vjp" in program) == merges

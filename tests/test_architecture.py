@@ -10,9 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"types"},
-    {"tree", "lowrank", "config", "progress", "folder", "hosts"},
+    {"tree", "adapters", "lowrank", "config", "progress", "folder", "hosts"},
     {"placement"},
-    {"adapters"},
     {
         "galore",
         "shared_signal",
