@@ -123,12 +123,12 @@ def leading_subspace(
         return random_basis(key, (*stack, m), rank, dtype)
     g = matrix.astype(dtype)
     if finder == "subspace":
-        halved = _for_thin(g)
+        halved = _halved(g)
 
         def iterate(_, basis):
             # The thin product is scaled, not the matrix: nothing of its size is written.
-            thin = _scaled(thin_product(halved, basis, transposed=True), axis=(-2, -1))
-            return orthonormalise(thin_product(halved, thin), key)
+            thin = _scaled(_thin(halved, basis, transposed=True), axis=(-2, -1))
+            return orthonormalise(_thin(halved, thin), key)
 
         # One loop and one draw: compiling them is what a model of a hundred kernels waits for.
         start = _normal(key, (*stack, m, rank), dtype)
@@ -177,40 +177,6 @@ def factored_svd(a: Array, b: Array, rank: int) -> tuple[Array, Array, Array]:
     )
 
 
-def thin_product(matrix: Array, thin: Array, *, transposed: bool = False) -> Array:
-    """A matrix times few columns, where reading the matrix is all that takes time.
-
-    A GPU or TPU reads it in bfloat16, unless it is in float64: half the bytes, and nothing is lost of a
-    gradient that was computed in bfloat16. The columns go in as sums of two such numbers, 16 bits of each.
-
-    Args:
-      matrix: `[..., m, n]`, in float32 or wider, or in bfloat16.
-      thin: `[..., n, r]`, or `[..., m, r]` with `transposed`, in float32 or wider.
-      transposed: multiply by the matrix's transpose.
-
-    Returns:
-      `[..., m, r]`, or `[..., n, r]` with `transposed`, in the dtype of `thin`.
-    """
-    axes = "...mn,...mr->...nr" if transposed else "...mn,...nr->...mr"
-    matrix = _for_thin(matrix)
-    if matrix.dtype != jnp.bfloat16:
-        return jnp.einsum(axes, matrix, thin, precision=jax.lax.Precision.HIGHEST)
-    # Not by casts there and back, which XLA takes away.
-    high = jax.lax.reduce_precision(thin, exponent_bits=8, mantissa_bits=7)
-    pair = jnp.concatenate([high, thin - high], -1).astype(jnp.bfloat16)
-    first, second = jnp.split(jnp.einsum(axes, matrix, pair, preferred_element_type=thin.dtype), 2, -1)
-    return first + second
-
-
-def _for_thin(matrix):
-    """The matrix as `thin_product` reads it."""
-    return (
-        matrix.astype(jnp.bfloat16)
-        if matrix.dtype == jnp.float32 and jax.default_backend() != "cpu"
-        else matrix
-    )
-
-
 def ridge(gram: Array, rhs: Array, weight: float) -> Array:
     """`(gram + weight I)^-1 rhs` for small positive semidefinite `gram [..., r, r]`, `rhs [..., r, n]`."""
     damped = gram + weight * jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
@@ -239,3 +205,24 @@ def _scaled(x, axis):
 def _check_rank(rank, m):
     if not 1 <= rank <= m:
         raise ValueError(f"rank={rank} does not fit a space of dimension {m}: choose 1 to {m}")
+
+
+def _halved(matrix):
+    """A matrix that directions are searched in: a GPU or TPU reads it in bfloat16, which is half the bytes.
+
+    That changes nothing in a gradient of products in bfloat16, and else less than its noise.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return matrix if on_cpu or matrix.dtype != jnp.float32 else matrix.astype(jnp.bfloat16)
+
+
+def _thin(matrix, columns, *, transposed=False):
+    """A matrix, or its transpose, times few columns, of which a halved one meets 16 bits, in two parts."""
+    axes = "...mn,...mr->...nr" if transposed else "...mn,...nr->...mr"
+    if matrix.dtype != jnp.bfloat16:
+        return jnp.einsum(axes, matrix, columns, precision=jax.lax.Precision.HIGHEST)
+    # Not by casts there and back, which XLA takes away.
+    high = jax.lax.reduce_precision(columns, exponent_bits=8, mantissa_bits=7)
+    pair = jnp.concatenate([high, columns - high], -1).astype(jnp.bfloat16)
+    first, second = jnp.split(jnp.einsum(axes, matrix, pair, preferred_element_type=columns.dtype), 2, -1)
+    return first + second

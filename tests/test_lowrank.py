@@ -149,23 +149,26 @@ def test_stacks_equal_one_by_one_and_bfloat16_is_computed_in_float32(finder):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_thin_products_in_halves_are_exact_for_what_was_computed_in_bfloat16(transposed, monkeypatch):
-    """What a GPU does: 16 bits of the columns where bfloat16 has 8; a matrix in float32 is rounded once."""
+def test_what_a_gpu_searches_in_is_rounded_once_and_columns_are_not(transposed, monkeypatch):
     rng = np.random.default_rng(3)
-    matrix, thin = rng.normal(size=(2, 48, 48)), rng.normal(size=(2, 48, 4)).astype("float32")
-
-    def product(matrix):
-        return (matrix.swapaxes(-1, -2) if transposed else matrix) @ thin.astype("float64")
-
-    half = jnp.asarray(matrix, jnp.bfloat16)
-    exact = product(np.asarray(half, "float64"))
+    matrix, columns = rng.normal(size=(2, 48, 48)), rng.normal(size=(2, 48, 4)).astype("float32")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for given in (half, half.astype("float32")):
-        ours = lowrank.thin_product(given, jnp.asarray(thin), transposed=transposed)
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, exact, rtol=0, atol=2**-15 * abs(exact).max())
-    rounded = lowrank.thin_product(jnp.asarray(matrix, "float32"), jnp.asarray(thin), transposed=transposed)
-    np.testing.assert_allclose(rounded, product(matrix), rtol=0, atol=2**-7 * abs(exact).max())
+    halved = lowrank._halved(jnp.asarray(matrix, "float32"))
+    assert halved.dtype == jnp.bfloat16
+    assert lowrank._halved(np.float64(matrix)).dtype == np.float64
+    exact = np.asarray(halved, "float64")
+    exact = (exact.swapaxes(-1, -2) if transposed else exact) @ columns.astype("float64")
+    ours = lowrank._thin(halved, jnp.asarray(columns), transposed=transposed)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=2**-15 * abs(exact).max())
+
+
+def test_a_gpu_finds_the_same_subspace(monkeypatch):
+    matrix = jnp.asarray(planted((40, 30), 3), "float32")
+    plain = lowrank.leading_subspace(matrix, 3, key=KEY)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    halved = lowrank.leading_subspace.__wrapped__(matrix, 3, key=KEY)
+    assert np.linalg.svd(np.asarray(plain).T @ np.asarray(halved))[1].min() > 1 - 1e-4
 
 
 def test_random_basis_is_a_function_of_the_key_and_fills_stacks_with_different_bases():

@@ -190,7 +190,7 @@ def fedgalore(
             total = {path: g + more[path] for path, g in total.items()}
         bases = space.leading(total, ops.key, o.finder)
         if not dense:
-            grads |= space.projected({path: grads[path] for path in bases}, bases)
+            grads |= {path: space.projected(grads[path], p) for path, p in bases.items()}
             grads |= {path: jnp.zeros_like(x) for path, x in download.trainable.items() if path == "shrink"}
         return Local(download.trainable, opt, bases, (loss, grads))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedgalore_jax import tree
-from fedgalore_jax.lowrank import leading_subspace, orthonormalise, random_basis, thin_product
+from fedgalore_jax.lowrank import leading_subspace, orthonormalise, random_basis
 from fedgalore_jax.types import Array, Flat, LowRank
 
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -68,11 +68,11 @@ class Subspaces(NamedTuple):
     def leading(self, matrices: Flat, key: Array, finder: str, rank: int | None = None) -> Flat:
         """Bases of the leading singular subspaces of `matrices`, see `lowrank.leading_subspace`.
 
-        For a round or a few, two passes do: they find 0.99 of the energy that three find.
+        For a round or a few, two passes do (experiments/bench/NOTES.md has what a third would add).
         """
         bases = {}
         for i, paths in enumerate(tree.by_shape(matrices)):
-            stack, own = self._stacked(matrices, paths), jax.random.fold_in(key, i)
+            stack, own = jnp.stack([self.left(matrices[path]) for path in paths]), jax.random.fold_in(key, i)
             found = leading_subspace(stack, rank or self.rank, finder=finder, key=own, passes=2)
             bases |= dict(zip(paths, found, strict=True))
         return bases
@@ -83,17 +83,9 @@ class Subspaces(NamedTuple):
         fresh = self.random(matrices, jax.random.fold_in(key, len(matrices)), self.rank // 2)
         return {path: orthonormalise(jnp.concatenate([p, fresh[path]], -1), key) for path, p in kept.items()}
 
-    def projected(self, gradients: Flat, bases: Flat) -> Flat:
-        """The gradients of Z at Z = 0, from those of the kernels: `Pᵀ G`, or `G P`."""
-        projected = {}
-        for paths in tree.by_shape(gradients):
-            stack, basis = self._stacked(gradients, paths), jnp.stack([bases[path] for path in paths])
-            moved = thin_product(stack, basis, transposed=True).mT
-            projected |= {path: self.left(x) for path, x in zip(paths, moved, strict=True)}
-        return projected
-
-    def _stacked(self, matrices: Flat, paths: list[str]) -> Array:
-        return jnp.stack([self.left(matrices[path]) for path in paths])
+    def projected(self, gradient: Array, basis: Array) -> Array:
+        """The gradient of Z at Z = 0, from that of the kernel: `Pᵀ G`, or `G P`."""
+        return self.left(_matmul(jnp.swapaxes(basis, -1, -2), self.left(gradient)))
 
     def rotated(self, moment: Array, old: Array, new: Array) -> Array:
         """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap."""
