@@ -71,9 +71,11 @@ def cut(config: Config, machine: engine.Engine, most: int, memories: Tree) -> Bl
         sample = tree.nbytes(machine.train) // len(machine.train["labels"])
         rounds = max(1, min(rounds, RESIDENT // (config.participants * samples * sample)))
     if (needed := tree.nbytes(memories)) > RESIDENT:
-        fewer = max(1, min(rounds, RESIDENT // (config.participants * (needed // config.clients))))
-        if config.participants * fewer < config.clients:
-            rounds, slots = fewer, config.participants * fewer
+        one, shares = needed // config.clients, placement.shares(machine.mesh)
+        fewer = max(1, min(rounds, RESIDENT // (config.participants * one)))
+        needed = -(-config.participants * fewer // shares) * shares
+        if needed < config.clients:
+            rounds, slots = fewer, needed
     return Blocks(rounds, slots, samples)
 
 

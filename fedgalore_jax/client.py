@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedgalore_jax import placement
 from fedgalore_jax.strategies.base import Download, Local, Ops, Strategy, Upload
 from fedgalore_jax.types import Array, Batch, Params, Tree
 
@@ -67,7 +68,7 @@ def local_train(
     gradients = 0
 
     def objective(tree, assemble, j):
-        return loss(assemble(tree), batch(j), jax.random.fold_in(dropout, j))
+        return loss(placement.as_weights(assemble(tree)), batch(j), jax.random.fold_in(dropout, j))
 
     def value_and_grad(assemble, tree, j):
         nonlocal gradients

@@ -205,8 +205,9 @@ class Engine(NamedTuple):
         shapes = jax.eval_shape(lambda c: train_chunk(c)[0], first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, (uploads, memory, losses, present) = jax.lax.scan(add_chunk, zeros, chunks)
-        kept = uploads, losses, present
-        uploads, losses, present = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+        uploads, losses, present = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (uploads, losses, present)
+        )
 
         weights = self.aggregator.weights(jnp.where(present, counts, 0), size)
         noise = jax.random.fold_in(key, self.num_clients + 1)  # no client's

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedgalore_jax import tree
-from fedgalore_jax.types import Array, Flat, Params, Tree
+from fedgalore_jax.types import Adapted, Array, Flat, Params, Tree
 
 CLIENTS, MODEL = AXES = ("clients", "model")
 WEIGHTS = (
@@ -109,12 +109,43 @@ def each_layer(function: Callable[..., Any], axis: int) -> Callable[[Array], Any
 
 def weight(mesh: Mesh | None, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
     """Where a parameter lies, by `WEIGHTS`; whole on every device where its axis does not divide."""
-    if mesh is None:
-        return None
+    return mesh and NamedSharding(mesh, _spec(mesh, path, shape))
+
+
+def _spec(mesh: Any, path: str, shape: tuple[int, ...]) -> PartitionSpec:
     axis = next(axis for pattern, axis in WEIGHTS if re.match(pattern, path))
-    if axis is None or shape[axis] % mesh.shape[MODEL]:
-        return whole(mesh)
-    return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) + axis), MODEL))
+    if axis is None or mesh.shape[MODEL] == 1 or shape[axis] % mesh.shape[MODEL]:
+        return PartitionSpec()
+    return PartitionSpec(*[None] * (len(shape) + axis), MODEL)
+
+
+def _each(spec: PartitionSpec, axes: int) -> list:
+    """What each axis is spread over."""
+    return [*spec, *[None] * (axes - len(spec))]
+
+
+def as_weights(params: Params) -> Params:
+    """Has traced parameters lie where weights do, and the factors of adapters as the sides of their kernels.
+
+    Unpinned, factors of kernels of one shape lie alike, since the server stacks them: those of a product that
+    ends a block as of those that begin it. Activations between blocks lie in parts then, and are gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get(MODEL, 1) == 1:
+        return params
+
+    def pinned(x, *axes):
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+    def one(path, x):
+        if not isinstance(x, Adapted):
+            return pinned(x, *_spec(mesh, path, x.shape))
+        *stack, m, n = _each(_spec(mesh, path, x.base.shape), x.base.ndim)
+        return x._replace(
+            base=pinned(x.base, *stack, m, n), a=pinned(x.a, *stack, m), b=pinned(x.b, *stack, None, n)
+        )
+
+    return tree.unflatten({path: one(path, x) for path, x in tree.flatten(params).items()})
 
 
 def weights(mesh: Mesh | None, params: Params) -> Params:
@@ -144,20 +175,20 @@ def of_server(mesh: Mesh, state: Tree, weights: Flat) -> Tree:
 
 
 def of_clients(mesh: Mesh, rows: Tree, weights: Flat) -> Tree:
-    """Shardings of clients' memories `[N, ...]`: every row spread over all devices.
+    """Shardings of clients' memories `[N, ...]`: every row in parts on all devices.
 
     Each device reads and writes its part of any row, and exchanges parts with those that train the clients.
-    Were whole rows on single devices, all would be gathered by all to get at some. What is kept in a weight's
-    shape is spread over `model` as that is.
+    Whole rows on single devices, all of which are gathered by all to get at some, are for rows of which no
+    axis divides, if N does. What is kept in a weight's shape is spread over `model` as that is.
     """
 
     def one(keys, x):
-        spec = list(_as_weight(mesh, keys, x.shape[1:], weights).spec)
-        spec += [None] * (x.ndim - 1 - len(spec))
-        free = [i for i, n in enumerate(x.shape[1:]) if not spec[i] and n % mesh.shape[CLIENTS] == 0]
+        spec = _each(_as_weight(mesh, keys, x.shape[1:], weights).spec, x.ndim - 1)
+        divides = [n % mesh.shape[CLIENTS] == 0 for n in x.shape]
+        free = [i for i in range(1, x.ndim) if divides[i] and not spec[i - 1]]
         if free:  # the longest; the last only where it is alone: devices compute on it in wide rows
-            spec[max(free, key=lambda i: (i < x.ndim - 2, x.shape[1 + i]))] = CLIENTS
-        return NamedSharding(mesh, PartitionSpec(None, *spec))
+            spec[max(free, key=lambda i: (i < x.ndim - 1, x.shape[i])) - 1] = CLIENTS
+        return NamedSharding(mesh, PartitionSpec(CLIENTS if divides[0] and not free else None, *spec))
 
     return jax.tree.map_with_path(one, rows)
 

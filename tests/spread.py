@@ -69,6 +69,12 @@ def gathered(program):
     return np.array(sorted({sizes(shape.split(",")) for shape in found}), str)
 
 
+def summed(program):
+    """How many sums over devices a local step has, forward and back."""
+    lines = program.as_text().splitlines()
+    return sum("jvp" in line and re.search(r" all-reduce(-start)?\(", line) is not None for line in lines)
+
+
 def main(out):
     results = {}
     for name, (_, _, shape, _, wide) in CASES.items():
@@ -76,7 +82,7 @@ def main(out):
             mesh = placement.mesh(shape)
             arrays, program, state = run(name, mesh, name == "memories")
         results |= {f"{name}|{path}": x for path, x in arrays.items()}
-        results[f"{name}|gathered"] = gathered(program)
+        results[f"{name}|gathered"], results[f"{name}|summed"] = gathered(program), summed(program)
         kernel = (state.server.params if "rows" in name else state.server.trainable)["layers/output/kernel"]
         results[f"{name}|share"] = np.asarray(kernel.addressable_shards[0].data.shape)
     remembered = state.clients["layers/output/kernel"]  # of the last case

@@ -67,9 +67,33 @@ def test_weights_stay_apart(eight):
         assert not spread_out & set(eight[f"{name}|gathered"]), name
 
 
+def test_activations_are_summed_once_a_block(eight):
+    """Two blocks in the one layer that a program holds, there and back; on rows of clients alone, never."""
+    assert eight["rows and weights|summed"] == 4
+    assert eight["rows of clients|summed"] == 0
+
+
 def test_every_memory_is_spread_over_all_devices(eight):
     """Of ten clients that remember a kernel of 3 x 20 x 12, on four shares of clients and two of a model."""
     assert tuple(eight["memories|memory"]) == (10, 3, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "mesh, row, spec",
+    [
+        ((4, 1), (10, 3, 20, 12), P(None, None, "clients", None)),  # the longest
+        ((4, 2), (10, 3, 20, 12), P(None, None, "model", "clients")),
+        ((3, 1), (10, 3, 20, 12), P(None, "clients", None, None)),  # not the last
+        ((5, 1), (10, 3, 8, 12), P("clients", None, None, None)),  # no axis of a row divides
+        ((7, 1), (10, 3, 8, 12), P(None, None, None, None)),
+        ((4, 1), (10, 12), P(None, "clients")),
+        ((4, 1), (12,), P("clients")),
+    ],
+)
+def test_rows_of_memories_are_spread_by_an_axis_that_divides(mesh, row, spec):
+    path = "layers/output/kernel"
+    rows, weights = {path: jax.ShapeDtypeStruct(row, "f4")}, {path: jax.ShapeDtypeStruct(row[1:], "f4")}
+    assert placement.of_clients(AbstractMesh(mesh, placement.AXES), rows, weights)[path].spec == spec
 
 
 def test_every_family_has_its_weights_spread():
