@@ -56,18 +56,20 @@ TPU = """
   ROOT %all-reduce.2 = (bf16[4,8]{1,0}, f32[2]{0}) all-reduce(%arg, %arg), channel_id=5, to_apply=%add
 }
 
-%cut (part: f32[8]) -> f32[16] {
+%starts (part: f32[8]) -> f32[16] {
   %all-gather.1 = f32[16]{0} all-gather(%part), channel_id=9, dimensions={0}
+  ROOT %start = f32[16]{0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
-%cut_again (part: f32[8]) -> f32[16] {
+%ends (part: f32[8]) -> f32[16] {
   %all-gather.2 = f32[16]{0} all-gather(%part), channel_id=9, dimensions={0}
+  ROOT %end = f32[16]{0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
 }
 
 %round (arg: f32[8]) -> f32[8] {
   %arg = f32[8]{0} parameter(0)
-  %fusion.3 = f32[16]{0} fusion(%arg), calls=%cut
-  %fusion.4 = f32[16]{0} fusion(%arg), calls=%cut_again
+  %fusion.3 = f32[16]{0} fusion(%arg), calls=%starts
+  %fusion.4 = f32[16]{0} fusion(%arg), calls=%ends
   %all-reduce.1 = f32[8]{0} all-reduce(%arg), channel_id=1, to_apply=%add
   ROOT %while.2 = f32[8]{0} while(%all-reduce.1), condition=%cond, body=%step
 }
@@ -101,7 +103,7 @@ def test_what_a_round_launches_reads_and_computes():
 
 
 def test_what_chips_send_by_the_loop_it_stands_in():
-    """One that is cut into several is one."""
+    """One that is hidden behind other work counts once."""
     assert pods.collectives(TPU) == {
         ("round", "all-gather"): (1, 64),
         ("round", "all-reduce"): (1, 32),

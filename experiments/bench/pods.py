@@ -22,10 +22,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU compiler runs; nothing of what it makes does
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+if __name__ == "__main__":  # the TPU compiler runs; nothing of what it makes does
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 import jax
 import jax.numpy as jnp
@@ -145,23 +144,31 @@ def compiled(program: Program) -> jax.stages.Compiled:
 def collectives(text: str) -> dict[tuple[str, str], tuple[int, int]]:
     """How many there are by loop and kind, and the bytes that they leave on a chip, from a program's text."""
     bodies, entry = computations(text)
-    sent: dict[str, tuple[str, str, int]] = {}
+    fused = {
+        called
+        for body in bodies.values()
+        for line in body
+        for called in re.findall(r"calls=%([\w.\-]+)", line)
+    }
+    totals: dict[tuple[str, str], tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     waiting, seen = [(entry, -1)], set()  # the entry holds the loop over rounds
     while waiting:
         name, depth = here = waiting.pop()
         if here in seen:
             continue
         seen.add(here)
-        for line in bodies[name]:
+        body = bodies[name]
+        # One that is hidden behind other work stands in several fusions, of which one starts it.
+        counts = name not in fused or any("AsyncCollectiveStart" in line for line in body)
+        for line in body:
             for called in {*re.findall(r"%([\w.\-]+)", line)} & {*bodies} - {name}:
-                waiting.append((called, depth + (f"body=%{called}" in line)))
-            if found := re.search(rf"= (\(.*?\)|\S+) ({SENDS})(?:-start)?\(.*channel_id=(\d+)", line):
-                # One that is cut into several, to be hidden behind other work, keeps its channel.
-                sent[found[3]] = LOOPS[min(max(depth, 0), 2)], found[2], size(found[1])
-    totals: dict[tuple[str, str], tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-    for loop, kind, made in sent.values():
-        count, before = totals[loop, kind]
-        totals[loop, kind] = count + 1, before + made
+                waiting.append(
+                    (called, depth + bool(re.search(rf"body=%{re.escape(called)}[,\s]", line + "\n")))
+                )
+            if counts and (sent := re.search(rf"= (\(.*?\)|\S+) ({SENDS})\(", line)):
+                place = LOOPS[min(max(depth, 0), 2)], sent[2]
+                number, before = totals[place]
+                totals[place] = number + 1, before + size(sent[1])
     return dict(sorted(totals.items(), key=lambda row: (LOOPS.index(row[0][0]), row[0][1])))
 
 
