@@ -148,10 +148,15 @@ def _fused(body: list[Line]) -> int:
     return sum(read(x) for x in body if x.op == "parameter") + written(body[-1])
 
 
+def card() -> jax.Device:
+    """What to compile for."""
+    jax.devices()  # finds the CUDA build
+    return topologies.get_topology_desc(platform="cuda", target_config=CARD, topology="1x1x1").devices[0]
+
+
 def lowered(machine: engine.Engine, *args) -> jax.stages.Lowered:
     """The program of rounds, traced for the card."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=CARD, topology="1x1x1")
-    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    place = jax.sharding.SingleDeviceSharding(card())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     return machine.rounds().trace(*shapes).lower(lowering_platforms=("cuda",))
 
@@ -193,6 +198,10 @@ def main() -> None:
     variants = args.variants.split(",")
     if unknown := [*({*args.shapes} - {*SHAPES}), *({*variants} - {*VARIANTS})]:
         parser.error(f"unknown {unknown[0]!r}: shapes {', '.join(SHAPES)}; variants {', '.join(VARIANTS)}")
+    try:
+        card()
+    except NotImplementedError as error:
+        parser.exit(2, f'ahead.py: no compiler for NVIDIA cards, pip install "jax[cuda13]": {error}\n')
     print(f"{'':34}{'compile s':>11}{'GiB':>7}{'launches':>10}{'GB':>7}{'least ms':>10}")
     for shape in args.shapes or ["roberta-base"]:
         for variant in variants:

@@ -193,6 +193,11 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := {*args.names} - {*NAMES}:
         parser.error(f"unknown {min(unknown)!r}: give some of {', '.join(NAMES)}")
+    try:
+        topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        parser.exit(2, f'pods.py: no compiler for TPUs, pip install "jax[tpu]": {reason}\n')
     print(f"{'on a chip':34}{'arguments':>12}{'temporaries':>13}{'compile s':>11}")
     for name in args.names or NAMES:
         for program in programs(name):
