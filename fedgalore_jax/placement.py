@@ -8,7 +8,7 @@ function here leaves things as they are.
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,26 +31,28 @@ WEIGHTS = (
 side of the one that ends it, so that activations are summed once a block; vocabularies; nothing else."""
 
 
-def mesh(shape: str | None) -> Mesh | None:
+def mesh(shape: str | None, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of a run.
 
     Args:
       shape: clients x model, such as "8x1"; None is no mesh, and one device, or, where there are several
         processes, all devices for clients.
+      devices: that it is made of; this run's if None.
 
     Raises:
       ValueError: there are not so many devices.
     """
     if shape is None and jax.process_count() == 1:
         return None
-    shape = shape or f"{jax.device_count()}x1"
+    devices = jax.devices() if devices is None else devices
+    shape = shape or f"{len(devices)}x1"
     sizes = tuple(map(int, shape.split("x")))
-    needed, found = math.prod(sizes), jax.device_count()
+    needed, found = math.prod(sizes), len(devices)
     if needed > found:
         raise ValueError(f"mesh={shape!r} is of {needed} devices, and there are {found}: give a smaller one")
     if needed < found and jax.process_count() > 1:
         raise ValueError(f"mesh={shape!r} is of {needed} devices: give one of all {found} of these processes")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:needed])
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -161,29 +161,33 @@ def lowered(machine: engine.Engine, *args) -> jax.stages.Lowered:
     return machine.rounds().trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
+def least(launched: list[Kernel]) -> float:
+    """Milliseconds that kernels take in a round, at the least."""
+    return 1e3 * sum(k.times * k.seconds for k in launched)
+
+
 def show(shape: str, variant: str, longest: int) -> None:
     """Prints a program's row, and its longest kernels."""
-    machine, *args = build(SHAPES[shape], variant, STEPS, chunk=CLIENTS, precision="bf16")
+    machine, state, plan = build(SHAPES[shape], variant, STEPS, chunk=CLIENTS, precision="bf16")
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         began = time.perf_counter()
-        rounds = engine.compiled(lowered(machine, args[0], machine.train, args[1], jax.numpy.int32(1)))
+        rounds = engine.compiled(lowered(machine, state, machine.train, plan, jax.numpy.int32(1)))
         took = time.perf_counter() - began
     launched = kernels(rounds.as_text())
     memory = rounds.memory_analysis()
     held = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30
     launches, moved = sum(k.times for k in launched), sum(k.times * k.bytes for k in launched) / 1e9
-    least = 1e3 * sum(k.times * k.seconds for k in launched)
     print(
-        f"{shape + ' ' + variant:34}{took:11.0f}{held:7.2f}{launches:10}{moved:7.0f}{least:10.1f}", flush=True
+        f"{shape + ' ' + variant:34}{took:11.0f}{held:7.2f}{launches:10}{moved:7.0f}{least(launched):10.1f}",
+        flush=True,
     )
     groups: dict[tuple, list[Kernel]] = collections.defaultdict(list)
     for k in launched:
         groups[k.name, k.makes, k.bytes, re.sub(r"\d+", "", k.scope)].append(k)
-    spent = {group: sum(k.times * k.seconds for k in group) for group in map(tuple, groups.values())}
-    for group in sorted(spent, key=spent.__getitem__, reverse=True)[:longest]:
+    for group in sorted(groups.values(), key=least, reverse=True)[:longest]:
         times = sum(k.times for k in group)
         print(
-            f"  {1e3 * spent[group]:7.2f} ms {times:6} x {group[0].bytes / 1e6:7.1f} MB  {group[0].name:34}"
+            f"  {least(group):7.2f} ms {times:6} x {group[0].bytes / 1e6:7.1f} MB  {group[0].name:34}"
             f"{group[0].makes[:40]:42}{group[0].scope[-60:]}"
         )
 

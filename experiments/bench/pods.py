@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from experiments.bench.program import computations, size
 from experiments.bench.round import BATCH, LABELS, LENGTH, RANK, SHAPES
@@ -56,7 +55,7 @@ class Program(NamedTuple):
     Attributes:
       title: of its row.
       chips: such as "v5e:4x4".
-      mesh: clients x model.
+      mesh: clients x model, such as "16x1".
       fns, loss, strategy: what is trained, and how.
       sample: shape and dtype of a sample's arrays.
       batch: samples in one.
@@ -66,7 +65,7 @@ class Program(NamedTuple):
 
     title: str
     chips: str
-    mesh: tuple[int, int]
+    mesh: str
     fns: ModelFns
     loss: Loss
     strategy: Strategy
@@ -93,7 +92,7 @@ def programs(name: str) -> Iterator[Program]:
         sample = {"pixel_values": ((8, 8, 1), jnp.float32), "labels": ((), jnp.int32)}
         for method in strategies.names():
             yield Program(
-                method, "v5e:2x2", (4, 1), *model, strategies.build(method, lr=1e-3, rank=4), sample, 8, 3, 2
+                method, "v5e:2x2", "4x1", *model, strategies.build(method, lr=1e-3, rank=4), sample, 8, 3, 2
             )
     elif name == "llama":
         fns = llama.build(
@@ -102,16 +101,14 @@ def programs(name: str) -> Iterator[Program]:
         roles = (("layers/.*kernel", "adapt"), (".*", "freeze"))
         strategy = strategies.build("fedgalore", **fedgalore, roles=roles)
         sample = dict.fromkeys(("input_ids", "attention_mask", "labels"), ((512,), jnp.int32))
-        yield Program(
-            "Llama 7B, v5e:16x16, 32x8", "v5e:16x16", (32, 8), *decoder(fns), strategy, sample, 1, 4
-        )
+        yield Program("Llama 7B, v5e:16x16, 32x8", "v5e:16x16", "32x8", *decoder(fns), strategy, sample, 1, 4)
     else:
         model = classifier(
             roberta.build(roberta.Config(**SHAPES["roberta-base"], labels=labels), precision="bf16")
         )
         sample = {"input_ids": ((LENGTH,), jnp.int32), "labels": ((), jnp.int32)}
-        shape = (16, 1) if name == "roberta" else (8, 2)
-        title = f"RoBERTa-base, v5e:4x4, {shape[0]}x{shape[1]}"
+        shape = "16x1" if name == "roberta" else "8x2"
+        title = f"RoBERTa-base, v5e:4x4, {shape}"
         yield Program(
             title, "v5e:4x4", shape, *model, strategies.build("fedgalore", **fedgalore), sample, BATCH, 10
         )
@@ -120,8 +117,8 @@ def programs(name: str) -> Iterator[Program]:
 def compiled(program: Program) -> jax.stages.Compiled:
     """The rounds of a program."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=program.chips).devices
-    mesh = Mesh(np.array(devices).reshape(program.mesh), placement.AXES, axis_types=(AxisType.Auto,) * 2)
-    clients, batch, steps = program.mesh[0] * program.each, program.batch, program.steps
+    mesh = placement.mesh(program.mesh, devices)
+    clients, batch, steps = placement.shares(mesh) * program.each, program.batch, program.steps
 
     def whole(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.whole(mesh))
