@@ -130,7 +130,7 @@ def _terminated() -> Iterator[Callable[[], bool]]:
 def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> None:
     """Runs one config or compares several; with `--resume`, what is left of them."""
     from experiments import report
-    from fedgalore_jax import hosts, prepare, train
+    from fedgalore_jax import hosts, journal, prepare, train
     from fedgalore_jax.data.partition import counts
     from fedgalore_jax.folder import CONFIG, SUMMARY, claim, refuse_used
 
@@ -139,7 +139,7 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
         raise ValueError(f"out_dir={str(out)!r} is in use by a run of one method: choose a new folder")
     if several and not resume and hosts.first():
         refuse_used(out)
-    found = [train.finished(config) for config in runs]
+    found = [journal.finished(config) for config in runs]
     if all(found) and (out / SUMMARY).exists():
         print(f"{out} is complete: nothing is left to do")
         return

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedgalore_jax.folder import SUMMARY, write_json
+from fedgalore_jax.journal import Finished
 from fedgalore_jax.progress import human
-from fedgalore_jax.train import Finished, Result
+from fedgalore_jax.train import Result
 
 Record = Result | Finished
 

@@ -117,8 +117,9 @@ def best(scores: dict[float, float]) -> float:
 
 def validated(trial: Callable[[float, int], Prepared], lr: float, seed: int) -> float:
     """Final validation metric; minus infinity for a run that diverges."""
+    prepared = trial(lr, seed)
     try:
-        return train.validate(trial(lr, seed))
+        return train.validate(prepared)[prepared.task.metric]
     except FloatingPointError:
         return -math.inf
 

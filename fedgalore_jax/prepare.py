@@ -25,7 +25,8 @@ from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, FederatedData, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
-from fedgalore_jax.folder import CONFIG, is_new, read_json, refuse_used
+from fedgalore_jax.folder import refuse_used
+from fedgalore_jax.journal import changes
 from fedgalore_jax.loading import Loaded, Model, load
 from fedgalore_jax.plans import plan
 from fedgalore_jax.strategies.base import ROLES, Common
@@ -144,31 +145,6 @@ def prepare(
         evaluator,
         wire,
     )
-
-
-def changes(config: Config) -> dict[str, tuple[Any, Any]]:
-    """What differs from the run that goes on in `out_dir`, `{field: (old, new)}`.
-
-    Raises:
-      ValueError: something does, and `override` is not set.
-    """
-    out = pathlib.Path(config.out_dir or "")
-    if not config.resume or is_new(out):
-        return {}
-    differing = config.changes(read_json(out / CONFIG))
-    private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort") if name in differing]
-    if private and config.override and (config.dp_noise or "dp_noise" in differing):
-        raise ValueError(
-            f"out_dir={config.out_dir!r} cannot go on with other {', '.join(private)}: epsilon is that of"
-            " a whole run; give the old values, or start in a new folder"
-        )
-    if differing and not config.override:
-        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
-        raise ValueError(
-            f"out_dir={config.out_dir!r} cannot go on: {listed}; give the old values, or --override to go on"
-            " with the new ones"
-        )
-    return differing
 
 
 def strategy_of(config: Config, task: tasks.Task, rate: Array | None = None) -> strategies.Strategy:

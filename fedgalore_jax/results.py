@@ -11,6 +11,7 @@ import numpy as np
 
 from fedgalore_jax import defences, engine, hosts, models, placement, tree
 from fedgalore_jax.data import tokens
+from fedgalore_jax.journal import best_of
 from fedgalore_jax.prepare import Prepared, by_role
 from fedgalore_jax.types import Params
 
@@ -64,11 +65,6 @@ def save_adapter(path: pathlib.Path, prepared: Prepared, server, params, say: Ca
             rank=next(iter(kept.values())).a.shape[-1],
             head={path: flat[path] for path in head},
         )
-
-
-def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first record with the best validation metric."""
-    return max((record for record in history if metric in record), key=lambda record: record[metric])
 
 
 def summary(prepared: Prepared, history: list[dict[str, Any]], final: dict[str, float]) -> dict[str, Any]:

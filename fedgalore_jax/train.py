@@ -1,7 +1,6 @@
 """The one loop with side effects: trains, evaluates, writes."""
 
 import contextlib
-import dataclasses
 import io
 import pathlib
 import time
@@ -11,31 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedgalore_jax import blocks, engine, hosts, tree
-from fedgalore_jax.checkpoint import Checkpoints, abstract
+from fedgalore_jax import blocks, engine, hosts
+from fedgalore_jax.checkpoint import Checkpoints
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Split
 from fedgalore_jax.data.federated import OWNERS
 from fedgalore_jax.data.partition import owners
 from fedgalore_jax.evaluation import generated, personal_metrics, test_metrics
-from fedgalore_jax.folder import (
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    append_line,
-    claim,
-    read_json,
-    read_lines,
-    refuse_used,
-    remove_leftovers,
-    write_json,
-    write_lines,
-)
+from fedgalore_jax.folder import SUMMARY, claim, read_json, remove_leftovers, write_json
+from fedgalore_jax.journal import Journal
 from fedgalore_jax.loading import Model
 from fedgalore_jax.plans import plan
-from fedgalore_jax.prepare import Prepared, changes, describe, prepare
+from fedgalore_jax.prepare import Prepared, describe, prepare
 from fedgalore_jax.progress import Progress, human
-from fedgalore_jax.results import best_of, save_models, summary
+from fedgalore_jax.results import save_models, summary
 from fedgalore_jax.types import Params
 
 SELDOM = ("absent", "rejected")
@@ -54,17 +42,6 @@ class Result(NamedTuple):
     """
 
     params: Params
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
-class Finished(NamedTuple):
-    """What a complete run left in its folder.
-
-    Attributes:
-      history, summary: as in `Result`.
-    """
-
     history: list[dict[str, Any]]
     summary: dict[str, Any]
 
@@ -139,12 +116,13 @@ def execute(
                 remove_leftovers(out)
             checkpoints = held.enter_context(Checkpoints(out, config.keep_checkpoints))
         say(describe(prepared))
-        loop = _Loop(prepared, out, checkpoints, say, stop)
-        state, history = loop.run()
+        journal = Journal(config, prepared.task.metric, out, checkpoints, say)
+        loop = _Loop(prepared, journal, stop)
+        state, history = loop.run(), journal.history
         params = prepared.machine.strategy.export(state.server)
         if hosts.several():
             params = hosts.fetch(params)
-        if out and loop.complete:
+        if out and journal.complete:
             return Result(params, history, read_json(out / SUMMARY))
         result = Result(params, history, summary(prepared, history, loop.test(state, params)))
         if out:
@@ -155,120 +133,56 @@ def execute(
     return result
 
 
-def finished(config: Config) -> Finished | None:
-    """What is in `out_dir` where `resume` finds a complete run there, and nothing that is to change it.
-
-    Raises:
-      ValueError, OSError: the run cannot go on.
-    """
-    out = pathlib.Path(config.out_dir or "")
-    if not config.resume:
-        return None
-    if hosts.first():
-        refuse_used(out, resume=True)
-    if not (out / SUMMARY).exists() or changes(config):
-        return None
-    return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
-
-
-def validate(prepared: Prepared) -> float:
-    """Trains and returns the final validation metric; neither writes nor looks at the test split."""
-    _, history = _Loop(prepared).run()
-    return history[-1][prepared.task.metric]
+def validate(prepared: Prepared) -> dict[str, Any]:
+    """Trains and returns the last round's record; neither writes nor looks at the test split."""
+    journal = Journal(prepared.config, prepared.task.metric)
+    _Loop(prepared, journal).run()
+    return journal.history[-1]
 
 
 class _Loop:
     """The rounds of one run, and what is measured on the way."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        out: pathlib.Path | None = None,
-        checkpoints: Checkpoints | None = None,
-        say: Callable[[str], None] = print,
-        stop: Callable[[], bool] = never,
-    ):
-        self.prepared, self.config, self.out = prepared, prepared.config, out
-        self.checkpoints, self.say, self.stop = checkpoints, say, stop
+    def __init__(self, prepared: Prepared, journal: Journal, stop: Callable[[], bool] = never):
+        self.prepared, self.config = prepared, prepared.config
+        self.journal, self.stop = journal, stop
         self.personal, self.evaluator = prepared.machine.strategy.personal, prepared.evaluator
         self.metric = prepared.task.metric
-        self.best: Any = None
-        self.complete = False
 
-    def run(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
-        """All rounds that are left; the state to keep and the history.
+    def run(self) -> engine.RunState:
+        """All rounds that are left, into the journal; the state to keep.
 
         Block t - 1 is read, evaluated and written while block t computes.
         """
-        config, machine = self.config, self.prepared.machine
-        state, history = self.start()
-        done = history[-1]["round"] if history else 0
+        config, machine, journal = self.config, self.prepared.machine, self.journal
+        params, pieces = self.prepared.loaded.params, self.prepared.blocks
+        state = journal.open(lambda: blocks.start(config, machine, params, pieces))
+        done = journal.history[-1]["round"] if journal.history else 0
         progress = Progress(config.rounds, done, None if hosts.first() else io.StringIO())
         try:
-            if not history:
-                self.write(
-                    {"round": 0} | self.measure(state, self.prepared.loaded.dataset.validation), history
+            if not journal.history:
+                journal.write(
+                    {"round": 0} | self.measure(state, self.prepared.loaded.dataset.validation), state
                 )
-                self.best = tree.apart(state) if config.keep == "best" else None
             if done == config.rounds:
-                return self.kept(state), history
-            progress.show(done, f"{self.metric} {self.latest(history):.3f}  compiling")
-            program, pieces = self.prepared.compile(), self.prepared.blocks
+                return journal.kept(state)
+            progress.show(done, f"{self.metric} {journal.latest:.3f}  compiling")
+            program = self.prepared.compile()
             began, pending = time.perf_counter(), None
             for rounds in self.blocks(done):
                 rows = plan(config, machine.chunk, self.prepared.federation, rounds, pieces.rounds)
                 if pending is not None and pieces.slots:  # its state is written over
-                    began, pending = self.read(*pending, began, history, progress), None
+                    began, pending = self.read(*pending, began, progress), None
                 state, metrics = blocks.advance(program, machine, state, rows, len(rounds), pieces)
                 if pending is not None:
-                    began = self.read(*pending, began, history, progress)
+                    began = self.read(*pending, began, progress)
                 absent = [config.participants - np.count_nonzero(counts) for counts in rows.counts]
                 pending = (rounds, metrics | {"absent": np.array(absent)}, state)
             if pending is not None:
-                self.read(*pending, began, history, progress)
+                self.read(*pending, began, progress)
         finally:
             progress.close()
-        return self.kept(state), history
-
-    def start(self) -> tuple[engine.RunState, list[dict[str, Any]]]:
-        """The state to begin with and the history that led to it; the folder is made to tell the same.
-
-        Lines of `metrics.jsonl` after the checkpoint are dropped; their rounds are computed again, and are
-        bit by bit what they were.
-        """
-        config, out = self.config, self.out
-        state = blocks.start(config, self.prepared.machine, self.prepared.loaded.params, self.prepared.blocks)
-        if out is None or self.checkpoints is None:
-            return state, []
-        history, changed, like = read_lines(out / METRICS), changes(config), abstract(state)
-
-        def saved(rounds):
-            best = best_of(history[: rounds + 1], self.metric)["round"]
-            return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
-
-        self.complete = (out / SUMMARY).exists() and not changed
-        rounds = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
-        if self.complete and rounds < config.rounds:
-            raise FileExistsError(
-                f"out_dir={config.out_dir!r} is complete, but the checkpoint of its last round is gone:"
-                " what it learned is in its model/ (or models/)"
-            )
-        done = history[: rounds + 1] if rounds else []
-        hosts.meet("the folder was read")
-        if hosts.first():
-            if changed:
-                (out / SUMMARY).unlink(missing_ok=True)
-            write_json(out / CONFIG, dataclasses.asdict(config))
-            write_lines(out / METRICS, done)
-        if not rounds:
-            if history:
-                self.say("no checkpoint can be used: starting again at round 0")
-            return state, []
-        del state  # there may not be room for two
-        self.say(f"going on from the checkpoint of round {rounds}")
-        found = self.checkpoints.restore(rounds, saved(rounds))
-        self.best = found.get("best", found["state"]) if config.keep == "best" else None
-        return found["state"], done
+        return journal.kept(state)
 
     def blocks(self, done: int) -> Iterator[range]:
         """The rounds left, cut into calls, which end at an evaluation or a checkpoint at the latest."""
@@ -279,7 +193,7 @@ class _Loop:
             yield range(t, stop)
             t = stop
 
-    def read(self, rounds: range, metrics, state, began: float, history, progress) -> float:
+    def read(self, rounds: range, metrics, state, began: float, progress: Progress) -> float:
         """Waits for a block, evaluates after it where that is due, and writes its lines."""
         metrics = jax.device_get(metrics)
         now, wire = time.perf_counter(), self.prepared.wire
@@ -291,14 +205,12 @@ class _Loop:
                 del record["train_loss"]  # nobody sent anything, or anything finite
             if t + 1 == rounds.stop and self.due(t + 1):
                 record |= self.measure(state, self.prepared.loaded.dataset.validation)
-                if record[self.metric] > best_of(history, self.metric)[self.metric]:
-                    self.best = tree.apart(state) if self.config.keep == "best" else None
             if not np.isfinite(record.get("loss", 0)):
                 raise FloatingPointError(
                     f"loss is {record['loss']} in round {t + 1}: lower --lr, set --clip, or, where clients"
                     " are poisoned, give another --aggregator"
                 )
-            last = [*history, record][-min(HOPELESS, self.config.rounds) :]
+            last = [*self.journal.history, record][-min(HOPELESS, self.config.rounds) :]
             if all(lost(record) for record in last):
                 raise FloatingPointError(
                     f"nothing that clients sent in rounds {last[0]['round']} to {t + 1} was finite: lower"
@@ -306,37 +218,19 @@ class _Loop:
                 )
             seconds = round((now - began) / len(rounds), 4)
             record |= {"bytes_up": wire.up, "bytes_down": wire.down, "seconds": seconds}
-            self.write(record, history)
+            self.journal.write(record, state)
             loss = record.get("train_loss", float("nan"))
-            text = f"loss {loss:.4f}  {self.metric} {self.latest(history):.3f}"
+            text = f"loss {loss:.4f}  {self.metric} {self.journal.latest:.3f}"
             progress.show(t + 1, f"{text}  {human(wire.up)} up a client")
-        self.checkpoint(rounds.stop, state, history)
-        return now
-
-    def checkpoint(self, done: int, state: engine.RunState, history: list) -> None:
-        """Saves the state after `done` rounds where that is due, and ends the run where it is told to."""
-        every, told = self.config.checkpoint_every, hosts.anywhere(self.stop())
-        due = every and (done % every == 0 or done == self.config.rounds)
-        if self.checkpoints and (due or told):
-            other = self.best is not None and best_of(history, self.metric)["round"] != done
-            best = {"best": self.best} if other else {}
-            self.checkpoints.save(done, {"state": state} | best)
+        told = hosts.anywhere(self.stop())
+        self.journal.save(rounds.stop, state, told=told)
         if told:
-            if self.checkpoints:
-                self.checkpoints.wait()
-            raise Preempted(f"told to end, after round {done}")
+            raise Preempted(f"told to end, after round {rounds.stop}")
+        return now
 
     def due(self, done: int) -> bool:
         """Whether to evaluate after `done` rounds."""
         return done % self.config.eval_every == 0 or done == self.config.rounds
-
-    def latest(self, history: list) -> float:
-        """The newest validation metric."""
-        return next(h[self.metric] for h in reversed(history) if self.metric in h)
-
-    def kept(self, state: engine.RunState) -> engine.RunState:
-        """Which state the run is judged by, given the last one."""
-        return self.best if self.config.keep == "best" else state
 
     def measure(self, state: engine.RunState, split: Split) -> dict[str, float]:
         """The task's metrics on a split: of the global model, or of each client's own on its share."""
@@ -346,12 +240,6 @@ class _Loop:
         rng = np.random.default_rng([self.config.seed, OWNERS])
         whose = owners(np.asarray(split.labels), parts, classes, rng)
         return personal_metrics(self.evaluator, state.server, state.clients, split, whose)
-
-    def write(self, record: dict[str, Any], history: list) -> None:
-        """Keeps a record, and appends its line."""
-        history.append(record)
-        if self.out and hosts.first():
-            append_line(self.out / METRICS, record)
 
     def test(self, state: engine.RunState, params: Params) -> dict[str, float]:
         """The test split's one use."""

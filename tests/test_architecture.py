@@ -25,7 +25,7 @@ FLOORS = [
     },
     {"strategies", "tasks", "plans"},
     {"client", "aggregators"},
-    {"engine", "evaluation", "defences", "loading"},
+    {"engine", "evaluation", "defences", "loading", "journal"},
     {"blocks"},
     {"prepare"},
     {"results"},

@@ -24,7 +24,7 @@ from experiments import flags as our_flags
 from experiments import report
 from experiments.launch import main
 from experiments.launch_local import environment
-from fedgalore_jax import blocks, checkpoint, folder, models, prepare, strategies, train
+from fedgalore_jax import blocks, checkpoint, folder, journal, models, prepare, strategies, train
 from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
 from fedgalore_jax.models import configs, vit
 
@@ -281,11 +281,11 @@ def test_privacy_cannot_change_on_the_way(prepared, copy):
     noisy = {"dp_clip": 1.0, "dp_noise": 1.0}
     for other, named in ((noisy, "dp_clip, dp_noise"), (noisy | {"cohort": 1}, "dp_clip, dp_noise, cohort")):
         with pytest.raises(ValueError, match=f"cannot go on with other {named}: epsilon"):
-            prepare.changes(dataclasses.replace(on, **other))
+            journal.changes(dataclasses.replace(on, **other))
     config = folder.read_json(copy / "config.json")
     folder.write_json(copy / "config.json", config | noisy)
     longer = dataclasses.replace(on, rounds=99, **noisy)
-    assert prepare.changes(longer) == {"rounds": (config["rounds"], 99)}
+    assert journal.changes(longer) == {"rounds": (config["rounds"], 99)}
 
 
 def test_a_complete_run_can_be_made_longer(prepared, whole, tmp_path):

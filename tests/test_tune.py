@@ -25,12 +25,11 @@ def test_trials_share_a_program_and_are_the_runs_themselves():
     one, two = trial(3e-3, 0), trial(1e-2, 1)
     assert one.compile().func is two.compile().func
     validated = train.validate(one), train.validate(two)
-    assert validated[0] != validated[1]
-    for prepared, (lr, seed) in ((one, (3e-3, 0)), (two, (1e-2, 1))):
-        loop = train._Loop(prepared, None).run()[1]
+    assert validated[0]["accuracy"] != validated[1]["accuracy"]
+    for last, (lr, seed) in zip(validated, ((3e-3, 0), (1e-2, 1)), strict=True):
         plain = train.run(Config(**shape, lr=lr, seed=seed), say=lambda line: None)
         for name in ("train_loss", "loss", "accuracy"):
-            np.testing.assert_allclose(loop[-1][name], plain.history[-1][name], rtol=1e-4)
+            np.testing.assert_allclose(last[name], plain.history[-1][name], rtol=1e-4)
 
 
 def test_trials_of_all_seeds_travel_in_one_shape(monkeypatch):
@@ -79,7 +78,7 @@ def test_the_preset_compares_each_method_at_its_rate(tmp_path, monkeypatch, caps
         seen.append((config.method, config.lr, config.seed, config.rounds))
         if config.method == "fedit" and config.lr > 5e-3:
             raise FloatingPointError
-        return (config.lr if config.lr < 0.05 else 0) + config.seed / 100
+        return {"accuracy": (config.lr if config.lr < 0.05 else 0) + config.seed / 100}
 
     monkeypatch.setattr(train, "validate", validate)
     preset = tmp_path / "found.cfg"
@@ -108,6 +107,7 @@ def test_the_preset_compares_each_method_at_its_rate(tmp_path, monkeypatch, caps
         ("--rates=1e-3", "rates='1e-3' are no grid"),
         ("--rates=1e-3,x", "must be numbers"),
         ("--lr=1", "lr is set by the search"),
+        ("--plan", "Unknown command line flag 'plan'"),
         ("--opt=lr=1", "opt lr of fedgalore"),
         ("--preset=/nowhere/x.cfg", "name a new file"),
     ],
