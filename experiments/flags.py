@@ -44,7 +44,7 @@ _ELSEWHERE = ("method", "opt")
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines all flags on `values`; help texts are the attribute docs of `Config`."""
+    """Defines the flags of a run on `values`; help texts are the attribute docs of `Config`."""
     help_of = _attribute_docs(Config)
     types = get_type_hints(Config)
     for field in dataclasses.fields(Config):
@@ -65,21 +65,6 @@ def define(values: flags.FlagValues) -> None:
         "name=value, a strategy's own option; METHOD.name=value where several methods run",
         flag_values=values,
     )
-    flags.DEFINE_string("evaluate", None, "a saved model's directory: print its metrics", flag_values=values)
-    flags.DEFINE_string("predict", None, "a file that --model answers, a line each", flag_values=values)
-    flags.DEFINE_boolean(
-        "distributed",
-        False,
-        "this is one of several processes, found by themselves on TPU pods and under SLURM, else by the three"
-        " flags that follow",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "address:port of the first process, as the others see it", flag_values=values
-    )
-    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
-    flags.DEFINE_boolean("list", False, "list tasks, methods and their options", flag_values=values)
 
 
 def configs(values: flags.FlagValues) -> list[Config]:

@@ -18,6 +18,7 @@ from fedgalore_jax.config import Config
 USAGE = """python run.py [--method=fedgalore,fedavg,...] [--flag=value ...]
 python run.py --evaluate=DIR --task=TASK   the metrics of a saved model on the test split, as JSON
 python run.py --predict=FILE --model=DIR --task=TASK   its answer to every sample of a file, as JSON lines
+python run.py --plan [--flag=value ...]    what the run would take, and nothing is run
 python run.py --list | --help"""
 
 
@@ -66,12 +67,40 @@ def _stop(line: str, status: int, *, together: bool = False) -> None:
     sys.exit(status)
 
 
+def define(values: flags.FlagValues) -> None:
+    """Defines all flags of `run.py` on `values`: those of a run, and what else may be asked."""
+    from experiments import flags as our_flags
+
+    our_flags.define(values)
+    flags.DEFINE_string("evaluate", None, "a saved model's directory: print its metrics", flag_values=values)
+    flags.DEFINE_string("predict", None, "a file that --model answers, a line each", flag_values=values)
+    flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "this is one of several processes, found by themselves on TPU pods and under SLURM, else by the three"
+        " flags that follow",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "address:port of the first process, as the others see it", flag_values=values
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_boolean(
+        "plan",
+        False,
+        "say what the run would take: bytes, operations, memory; nothing runs",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean("list", False, "list tasks, methods and their options", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
+
+
 def _main(argv: list[str]) -> None:
     from experiments import flags as our_flags
 
     values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
-    our_flags.define(values)
+    define(values)
     rest = values(argv)
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
@@ -81,14 +110,20 @@ def _main(argv: list[str]) -> None:
     if values.list:
         print(listing())
         return
-    if values.evaluate is not None or values.predict is not None:
+    asked = [name for name in ("plan", "evaluate", "predict") if values[name].value not in (None, False)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]} and {asked[1]} are two runs: give one of them")
+    if asked and not values.plan:
         _use(values)
         return
-    if values.out_dir is None and not values.resume:
+    if values.out_dir is None and not values.resume and not values.plan:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)
     _join(values)
+    if values.plan:
+        _plan(runs)
+        return
 
     from fedgalore_jax.train import Preempted
 
@@ -125,6 +160,18 @@ def _terminated() -> Iterator[Callable[[], bool]]:
         yield told.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _plan(runs: list[Config]) -> None:
+    """Says what one config would take, or compares several."""
+    from experiments import report
+    from fedgalore_jax import prepare
+    from fedgalore_jax.forecast import forecast
+
+    first = prepare.prepare(runs[0])
+    print(prepare.describe(first))
+    others = (prepare.prepare(config, beside=first) for config in runs[1:])
+    report.plans([forecast(prepared) for prepared in (first, *others)])
 
 
 def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> None:
@@ -175,8 +222,6 @@ def _use(values: flags.FlagValues) -> None:
     from experiments import flags as our_flags
     from fedgalore_jax import saved
 
-    if values.evaluate is not None and values.predict is not None:
-        raise ValueError("evaluate and predict are two runs: give one of them")
     if values.out_dir is not None:
         raise ValueError(f"out_dir={values.out_dir!r}: --evaluate and --predict write to standard output")
     for name in ("mesh", "distributed"):

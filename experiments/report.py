@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedgalore_jax.folder import SUMMARY, write_json
+from fedgalore_jax.forecast import Forecast
 from fedgalore_jax.journal import Finished
 from fedgalore_jax.progress import human
 from fedgalore_jax.train import Result
@@ -42,15 +43,30 @@ def compare(out: pathlib.Path, results: list[Record]) -> None:
                 f"{summary['seconds_per_round']:.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"\nTest {metric}; bytes of one client (up and down each round, for rounds missed, held), of all:")
-    for row in rows:
-        cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([row[0].ljust(widths[0]), *cells]))
+    _table(rows)
     if any(result.summary["personal"] for result in results):
         print("* a model per client, each judged on its own share of the test split")
     curves(out, results)
     write_json(out / SUMMARY, {r.summary["method"]: r.summary for r in results})
+
+
+def plans(forecasts: list[Forecast]) -> None:
+    """Prints what runs would take, a row each."""
+    titles = ("up", "down", "catch-up", "optimizer", "memory", "all", "gradients/step", "flop", "device")
+    rows = [("method", *titles)]
+    for method, wire, traffic, flops, memory in forecasts:
+        sizes = (wire.up, wire.down, wire.catch_up, wire.optimizer, wire.memory, traffic)
+        rows.append((method, *map(human, sizes), f"{wire.gradients:g}", f"{flops:.2e}", human(memory)))
+    print("\nBytes of one client (up and down each round, for rounds missed, held), of all, on each device:")
+    _table(rows)
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        print("  ".join([row[0].ljust(widths[0]), *cells]))
 
 
 def curves(out: pathlib.Path, results: list[Record]) -> None:

@@ -47,6 +47,7 @@ class Prepared(NamedTuple):
       compile: makes the program of its rounds, see `engine.Engine.rounds`.
       evaluator: of what `Strategy.export` takes.
       wire: bytes of one client.
+      traced: the program of its rounds.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
     compile: Callable[[], Any]
     evaluator: evaluation.Evaluator
     wire: engine.Wire
+    traced: jax.stages.Traced
 
 
 def prepare(
@@ -130,7 +132,7 @@ def prepare(
         return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
 
     args = (state, *blocks.load(machine, rows, pieces), 1)
-    lowered = jax.jit(with_rate).lower(1.0, *args) if any_trial else machine.rounds().lower(*args)
+    traced = jax.jit(with_rate).trace(1.0, *args) if any_trial else machine.rounds().trace(*args)
     wire = machine.wire(state, rows)
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export, mesh)
@@ -141,9 +143,10 @@ def prepare(
         federation,
         machine,
         pieces,
-        functools.partial(engine.compiled, lowered),
+        functools.partial(engine.compiled, traced.lower()),
         evaluator,
         wire,
+        traced,
     )
 
 

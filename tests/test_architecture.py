@@ -28,7 +28,7 @@ FLOORS = [
     {"engine", "evaluation", "defences", "loading", "journal"},
     {"blocks"},
     {"prepare"},
-    {"results"},
+    {"results", "forecast"},
     {"train", "saved", "trials"},
     {"experiments"},
     {"run"},

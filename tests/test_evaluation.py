@@ -81,6 +81,7 @@ def test_a_saved_model_scores_what_its_run_said(finished, capsys):
     [
         (["--evaluate=/nowhere"], "/nowhere/config.json does not exist"),
         (["--evaluate=a", "--predict=b"], "give one of them"),
+        (["--plan", "--predict=b"], "plan and predict are two runs: give one of them"),
         (["--evaluate=a", "--out_dir=b"], "write to standard output"),
         (["--predict=b"], "predict needs --model"),
     ],

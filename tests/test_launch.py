@@ -87,6 +87,19 @@ def test_the_total_has_every_byte_of_the_history(compared):
         )
 
 
+def test_a_plan_says_what_the_run_then_takes_and_leaves_nothing(compared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    launch("--plan", *SMALL, "--method=fedavg,fedit", "--dropout=0.1")
+    assert not list(tmp_path.iterdir())
+    title, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
+    ran = {line.split()[0]: line.split() for line in compared[1].splitlines()[-4:]}
+    assert title[1:8] == ran["method"][2:9]
+    assert [row[0] for row in rows] == ["fedavg", "fedit"]
+    for row in rows:
+        sizes = row[1 : 1 + 2 * 6]  # a number and a unit each
+        assert sizes == ran[row[0]][2 : 2 + 2 * 6]
+
+
 def test_the_same_split_and_start_for_every_method(compared):
     out, _ = compared
     starts = [lines(out / m / "metrics.jsonl")[0] for m in ("fedgalore", "fedavg", "fedit")]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from problem import OPTIONS, K, N, loss, params, plan, samples
 
-from experiments import flags as our_flags
+from experiments import launch
 from fedgalore_jax import engine, strategies, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_flags_files_and_methods_it_names_exist():
     from absl import flags
 
     values = flags.FlagValues()
-    our_flags.define(values)
+    launch.define(values)
     for line in re.findall(r"run\.py (--.*)", README):
         for flag in re.findall(r"--(\w+)", line):
             assert flag in values or flag == "flagfile", flag
