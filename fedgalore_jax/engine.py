@@ -29,7 +29,7 @@ class RunState(NamedTuple):
     Attributes:
       server: the strategy's state.
       clients: memories of all clients, rows `[N, ...]`; inside of a block with slots, a row for each.
-      last: `[N]` int32, the last round each client took part in; -1 before its first.
+      last: `[N]` int32, the last round each client was sent; -1 before its first.
       key: the run's PRNG key; round t uses `fold_in(key, t)`.
     """
 
@@ -212,21 +212,24 @@ class Engine(NamedTuple):
         weights = self.aggregator.weights(jnp.where(present, counts, 0), size)
         noise = jax.random.fold_in(key, self.num_clients + 1)  # no client's
         upload = self.aggregator.upload(total, uploads, counts, present, size, noise)
-        cohort = Cohort(weights, present.astype(jnp.float32), self.num_clients, self.steps)
+        steps = self.steps
+        if plan.steps is not None:
+            steps = jnp.maximum(jnp.round(weights @ plan.steps.astype(weights.dtype)), 1).astype(jnp.int32)
+        cohort = Cohort(weights, present.astype(jnp.float32), self.num_clients, steps)
         server, metrics = strategy.aggregate(state.server, upload, cohort)
         if not self.aggregator.private:
             server = _where(present.any(), server, state.server)
         missed = self.catch_up(state, jnp.asarray(plan.ids), mask, download, upload.stack)
         loss = jnp.average(losses, weights=weights)  # NaN where no one is left
         metrics = {"train_loss": loss, "rejected": (mask & ~present).sum(), **metrics, **missed}
-        slots, ids = (jnp.where(present, x, self.num_clients) for x in (plan.slots, plan.ids))
+        slots = jnp.where(present, plan.slots, self.num_clients)
         slots = slots.reshape(-1, self.chunk)  # as memories come: joined chunks are no longer spread
         clients = jax.tree.map(lambda rows, new: rows.at[slots].set(new, mode="drop"), state.clients, memory)
-        last = state.last.at[ids].set(download.round, mode="drop")
+        last = state.last.at[plan.ids].set(download.round, mode="drop")  # who is absent was sent the round
         return RunState(server, clients, last, state.key), metrics
 
     def catch_up(self, state: RunState, ids: Array, mask: Array, download, stack) -> dict[str, Array]:
-        """Bytes that this round's clients first need for the rounds they missed, over all of them.
+        """Bytes that this round's clients, absent ones too, first need for the rounds they missed.
 
         Missed rounds are priced like this one. A client that missed many is sent the model instead.
         """
@@ -241,7 +244,7 @@ class Engine(NamedTuple):
         if strategy.catch_up_once:
             rounds = jnp.minimum(rounds, 1)
         each = jnp.minimum(rounds * (relayed * mask.sum() + sent), model)
-        return {"bytes_catch_up": (mask * each).sum()}
+        return {"bytes_catch_up": ((ids < self.num_clients) * each).sum()}
 
     def wire(self, state: RunState, plan: Plan) -> Wire:
         """Measures what one client sends, receives, holds and computes, without computing anything."""

@@ -75,6 +75,14 @@ def plan(rounds, cohort=N, chunk=1, steps=K):
     return federation().plan(rounds, cohort, steps, B, chunk)
 
 
+def away(plan, client, *rounds):
+    """The plan where a client is not in the cohort of some rounds: its place is empty."""
+    ids, counts = plan.ids.copy(), plan.counts.copy()
+    for t in rounds:
+        ids[t, plan.ids[t] == client], counts[t, plan.ids[t] == client] = N, 0
+    return plan._replace(ids=ids, counts=counts)
+
+
 def train_rounds(method, count=2, *, chunk=N, cohort=N, **options):
     """Runs `count` rounds; returns the exported parameters, the state and the metrics."""
     machine, rounds, state = setup(method, chunk=chunk, **options)

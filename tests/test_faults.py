@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import K, N, assert_close, plan, setup
+from problem import K, N, assert_close, away, plan, setup
 from test_checkpoint import TINY
 
 from fedgalore_jax import aggregators, config, plans, prepare, train
@@ -176,15 +176,25 @@ def test_stragglers_get_as_far_as_their_speed_takes_them(law, share):
     assert rows.steps.min() >= 1 and rows.steps.max() <= 6
 
 
+def test_who_drops_out_was_sent_the_round():
+    """It is charged for no round that it was sent, and for every other."""
+    machine, rounds, state = setup("fedlore", chunk=1)
+    rows = absent(away(plan(range(3)), 2, 1), 1)
+    _, metrics = rounds(state, machine.train, rows, 3)
+    one = machine.wire(state, rows).catch_up
+    assert one > 0
+    np.testing.assert_array_equal(metrics["bytes_catch_up"], [0, 0, one])
+
+
 @pytest.mark.parametrize("law", ["normal:1", "exponential", "exponential:0", "uniform:1", "exponential:x"])
 def test_other_laws_are_refused(law):
     with pytest.raises(ValueError, match=r"straggler=.*exponential:MEAN"):
         faults.time_of(law)
 
 
-@pytest.mark.parametrize("method", ["scaffold", "fedglomo"])
+@pytest.mark.parametrize("method", ["scaffold", "fedglomo", "fedgalore", "fedadamw", "fedlada"])
 def test_a_straggler_is_a_client_with_fewer_steps(method):
-    """Also its control variate: the mean of the gradients that it got to."""
+    """Also its control variate, the mean of the gradients that it got to, and what the server counts."""
     machine, rounds, state = setup(method, chunk=1)
     rows = absent(plan(range(1)), *range(1, N))
     got, metrics = rounds(state, machine.train, rows._replace(steps=np.full((1, N), K - 1, np.int32)), 1)

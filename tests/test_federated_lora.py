@@ -18,7 +18,7 @@ from by_hand import (
     start,
     trained,
 )
-from problem import K, N, gradients, plan, setup
+from problem import K, N, away, gradients, plan, setup
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -87,9 +87,7 @@ def test_a_client_that_was_away_needs_the_factor_that_rests(method):
     """Once, however long it was away: the round itself brings the one that was trained last."""
     machine, rounds, state = setup(method, **OPTIONS)
     four = plan(range(4))
-    counts = four.counts.copy()
-    counts[0, 1] = counts[1:3, 2] = 0
-    _, metrics = rounds(state, machine.train, four._replace(counts=counts), 4)
+    _, metrics = rounds(state, machine.train, away(away(four, 1, 0), 2, 1, 2), 4)
     a, b = (8 * x.size for x in factors(state))
     np.testing.assert_array_equal(metrics["bytes_catch_up"], [0, (a + b) / 2, 0, (a + b) / 2])
     assert machine.wire(state, four).catch_up == (a + b) / 2

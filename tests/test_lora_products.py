@@ -19,7 +19,7 @@ from by_hand import (
     start,
     trained,
 )
-from problem import K, N, params, plan, setup
+from problem import K, N, away, params, plan, setup
 
 from fedgalore_jax.client import local_train
 from fedgalore_jax.optimizer import adam_state
@@ -149,10 +149,7 @@ def test_catching_up_is_counted(method):
     """A client that missed rounds in which the base changed is sent those rounds' factors first."""
     machine, rounds, state = setup(method, dtype=np.float64)
     every = plan(range(3))
-    away = np.arange(N) == 2
-    counts = every.counts.copy()
-    counts[:2, away] = 0
-    _, metrics = rounds(state, machine.train, every._replace(counts=counts), 3)
+    _, metrics = rounds(state, machine.train, away(every, 2, 0, 1), 3)
     pair = 8 * R * (6 + 5) * 2
     model = sum(x.nbytes for x in jax.tree.leaves(params(jnp.float64)))
     each = pair if method == "fr_lora" else N * pair

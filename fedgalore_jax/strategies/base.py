@@ -101,13 +101,13 @@ class Cohort(NamedTuple):
       weights: `[C]`, p_i proportional to sample counts; they sum to 1 over participants, 0 elsewhere.
       mask: `[C]`, 1.0 for a client that took part.
       num_clients: N, a Python int.
-      steps: K, a Python int.
+      steps: K, a Python int; with stragglers the weighted mean of the steps they did, rounded, int32.
     """
 
     weights: Array
     mask: Array
     num_clients: int
-    steps: int
+    steps: int | Array
 
 
 class Ops(NamedTuple):
