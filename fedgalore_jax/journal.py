@@ -155,7 +155,8 @@ class Journal:
         del state  # there may not be room for two
         self.say(f"going on from the checkpoint of round {rounds}")
         found = self.checkpoints.restore(rounds, saved(rounds))
-        self.best = found.get("best", found["state"]) if config.keep == "best" else None
+        if config.keep == "best":
+            self.best = tree.apart(found.get("best", found["state"]))
         return found["state"]
 
     def write(self, record: dict[str, Any], state: Tree) -> None:

@@ -26,6 +26,7 @@ from experiments.launch import main
 from experiments.launch_local import environment
 from fedgalore_jax import blocks, checkpoint, folder, journal, models, prepare, strategies, train
 from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
+from fedgalore_jax.config import Config
 from fedgalore_jax.models import configs, vit
 
 ROUNDS = 12
@@ -194,6 +195,28 @@ def test_memories_on_the_host_go_on(prepared, tmp_path, monkeypatch):
     said, _ = execute(ready, tmp_path / "out", resume=True)
     assert said == ["going on from the checkpoint of round 2"]
     same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_the_best_state_that_was_read_is_not_written_over(tmp_path):
+    """What the host keeps of the running state is written in place; the best one is a copy of its own."""
+
+    class Held:
+        def newest(self, like, up_to, say):
+            return up_to
+
+        def restore(self, rounds, like):
+            return {"state": {"memories": np.zeros(3), "weights": jnp.zeros(2)}}
+
+    config = Config(keep="best", rounds=2, out_dir=str(tmp_path), resume=True)
+    folder.write_json(tmp_path / folder.CONFIG, dataclasses.asdict(config))
+    folder.write_lines(tmp_path / folder.METRICS, [{"round": t, "accuracy": t / 9} for t in range(2)])
+    book = journal.Journal(config, "accuracy", tmp_path, Held(), lambda line: None)
+    state = book.open(lambda: Held().restore(0, None)["state"])
+    state["memories"][:] = 5
+    assert book.history[-1]["round"] == 1 and not book.best["memories"].any()
+    book.write({"round": 2, "accuracy": 0.5}, state)
+    state["memories"][:] = 6
+    assert (book.best["memories"] == 5).all() and book.kept(state) is book.best
 
 
 def test_rounds_after_the_checkpoint_are_written_once(prepared, whole, copy):
