@@ -150,6 +150,8 @@ def norm_clipped(rows: Upload, weights: Array, present: Array) -> Upload:
         return {name: part_clipped(part) for name, part in parts.items()} or ()
 
     def part_clipped(part):
+        if not jax.tree.leaves(part):
+            return part
         norm = norms(part)
         bound = jnp.nanmedian(jnp.where(present, norm, jnp.nan))
         return clipped(part, jnp.where(present.any(), bound, 0))
@@ -191,6 +193,11 @@ def _added(mean: Tree, summed: Tree, weights: Array, present: Array) -> tuple[Tr
 
 def _changes_only(rows: Upload) -> dict:
     """The changes of an upload that has nothing else, which a bound on their norm covers."""
+    if "shrink" in rows.mean.get("change", {}):
+        raise ValueError(
+            "weight_decay with dp_clip: factored clients send how much their kernels decayed, which noise"
+            " would move, and all kernels with it: give --weight_decay=0, or --client_weights=dense"
+        )
     others = [*(rows.mean.keys() - {"change"}), *(("a sum",) if jax.tree.leaves(rows.sum) else ())]
     others += ["stacked rows"] if jax.tree.leaves(rows.stack) else []
     pairs = jax.tree.leaves(rows.mean, is_leaf=lambda leaf: isinstance(leaf, LowRank))

@@ -60,6 +60,16 @@ def test_norms_are_cut_to_their_median():
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "norm_clip"])
+def test_a_part_without_arrays_stays_as_it_is(name):
+    """Second moments of what is trained plainly, of a model where nothing is."""
+    rows, weights, present = jnp.ones((3, 2)), jnp.ones(3) / 3, jnp.ones(3, bool)
+    upload = Upload({"change": {"w": rows}, "nu": {}}, stack={"s": rows})
+    got = aggregators.build(name).reduce(upload, weights, present)
+    assert got.mean["nu"] == {} and got.sum == ()
+    np.testing.assert_allclose(got.mean["change"]["w"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "norm_clip"])
 def test_nobody_is_nothing(name):
     assert all(not x.any() for x in reduced(name, ROWS, [0] * 6))
 
@@ -128,7 +138,9 @@ def test_a_round_that_nobody_comes_through_keeps_everything_but_its_number(built
     ):
         after, metrics = rounds(state, data, who, 1)
         assert int(after.server.round) == int(state.server.round) + 1 == 2
-        assert_close(after._replace(server=after.server._replace(round=state.server.round)), state, 0)
+        assert (after.last == 1).all()  # everyone was sent it
+        kept = after._replace(server=after.server._replace(round=state.server.round), last=state.last)
+        assert_close(kept, state, 0)
         assert np.isnan(metrics["train_loss"][0])
 
 
@@ -254,6 +266,17 @@ def test_privacy_of_what_the_bound_does_not_cover_is_refused(method, options, na
     machine = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
     with pytest.raises(ValueError, match=f"this one sends {names} besides: give another --method"):
         machine.rounds().lower(state, machine.train, plan(range(1)), 1)
+
+
+def test_privacy_and_decay_are_for_clients_with_weights_in_full():
+    """Noise on how much factored clients' kernels decayed would scale the model."""
+    private = aggregators.Aggregator(clip=1.0, noise=1e-6)
+    options = {"sync": "none", "weight_decay": 0.1}
+    machine, _, state = setup("fedgalore", **options)
+    with pytest.raises(ValueError, match="give --weight_decay=0, or --client_weights=dense"):
+        machine._replace(aggregator=private).rounds().lower(state, machine.train, plan(range(1)), 1)
+    machine, _, state = setup("fedgalore", **options, client_weights="dense")
+    machine._replace(aggregator=private).rounds().lower(state, machine.train, plan(range(1)), 1)
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism():
