@@ -45,7 +45,7 @@ def matmuls(x: Array, kernels: Sequence[Array | Adapted], dtype: Any = None) -> 
             return _product(x, kernel, dtype)
         y = _product(x, kernel.base, dtype)
         if kernel.shrink is not None:
-            y = y * kernel.shrink.astype(y.dtype)
+            y = (y * kernel.shrink).astype(y.dtype)  # bfloat16 has nothing between 1 and 1 - 1/256
         return y + _product(next(thins), kernel.b, dtype)
 
     return [one(kernel) for kernel in kernels]

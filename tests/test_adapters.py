@@ -48,6 +48,13 @@ def test_sums_may_be_wider_than_what_is_summed():
     assert all(y.dtype == jnp.bfloat16 for y in matmuls(x.astype(jnp.bfloat16), some))
 
 
+def test_decay_is_finer_than_bfloat16():
+    """Whose numbers below 1 are 1/256 apart: a decay is rounded with its product, not before."""
+    kernel = Adapted(jnp.full((m, n), 200 / m), jnp.zeros((m, 1)), jnp.zeros((1, n)), jnp.float32(0.998))
+    (y,) = matmuls(jnp.ones((1, m), jnp.bfloat16), [kernel])
+    assert (y == jnp.bfloat16(0.998 * 200)).all()
+
+
 @pytest.mark.parametrize("few", [16, 0])
 def test_merging_changes_no_number(monkeypatch, few):
     """Two forms of the same products: values and all gradients, under vmap over factors."""
