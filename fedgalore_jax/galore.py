@@ -200,7 +200,9 @@ def scale_by_galore(
       seed: the finders' key at update t is `fold_in(fold_in(key(seed), t), leaf index)`.
 
     Returns:
-      A transform with a `GaLoreState`. It computes in float32 (or float64), and casts updates back.
+      A transform with a `GaLoreState`. It computes in float32 (or float64), and casts updates back; on a GPU
+      or TPU 'subspace' reads gradients in bfloat16. Inside `shard_map` with weights of each device's own it
+      needs `check_vma=False`.
 
     Raises:
       ValueError, TypeError: a bad argument; when traced, a mask that does not fit.
@@ -220,8 +222,8 @@ def scale_by_galore(
         return old, jnp.int32(0)
 
     def init(params):
-        zero = jnp.int32(0)
-        return GaLoreState(zero, refresh(0, params, None, "random")[0], zero, core.init(params))
+        basis, rejected = refresh(0, params, None, "random")
+        return GaLoreState(jnp.int32(0), basis, rejected, core.init(params))
 
     def update(updates, state: Any, params: Any = None, **extra_args):
         count, basis, rejected, inner_state = state
@@ -264,7 +266,8 @@ def galore(
       An `optax.chain` whose `state[0]` is the `GaLoreState`.
 
     Raises:
-      ValueError, TypeError: a bad argument; ints are `static_args` of `optax.inject_hyperparams`.
+      ValueError, TypeError: a bad argument. Of `optax.inject_hyperparams`, ints and a mask that is a function
+      are `static_args`.
 
     References:
       Zhao et al., 2403.03507, and https://github.com/jiaweizhao/GaLore
@@ -285,7 +288,7 @@ def _plans(params, rank, side, mask):
         return params
     mask = True if mask is None else mask(params) if callable(mask) else mask
 
-    def plan(want, shape):
+    def plan(want, shape, dtype):
         if not isinstance(want, MatrixAxes | bool):
             raise TypeError(f"mask has a leaf {want!r}: use True, False or MatrixAxes")
         if want is False or (want is True and len(shape) < 2):
@@ -294,6 +297,8 @@ def _plans(params, rank, side, mask):
         top, split = len(shape) - rows - columns, len(shape) - columns
         if min(rows, columns) < 1 or top < 0:
             raise ValueError(f"mask has {want} for a leaf of shape {shape}: count some of its axes")
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"a leaf is {dtype}: mask it, or use optax's split_real_and_imaginary")
         stack, m, n = shape[:top], math.prod(shape[top:split]), math.prod(shape[split:])
         left = {"left": True, "right": False, "short": m <= n, "long": m >= n}[side]
         if rank >= (m if left else n):
@@ -304,7 +309,7 @@ def _plans(params, rank, side, mask):
         return SimpleNamespace(side=at, matrix=matrix, basis=basis, reduced=reduced)
 
     return jax.tree.map(
-        lambda want, branch: jax.tree.map(lambda leaf: plan(want, leaf.shape), branch),
+        lambda want, branch: jax.tree.map(lambda leaf: plan(want, leaf.shape, leaf.dtype), branch),
         mask,
         params,
         is_leaf=lambda node: isinstance(node, MatrixAxes),

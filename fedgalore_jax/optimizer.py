@@ -52,9 +52,10 @@ def scale_by_warm_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) ->
     """
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return WarmAdamState(zero, zero, zeros, zeros)
+        # Arrays of their own: a state whose buffers are given up must not hold one twice.
+        counts = (jnp.zeros((), jnp.int32) for _ in range(2))
+        moments = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return WarmAdamState(*counts, *moments)
 
     def update(updates, state, params=None):
         del params

@@ -435,6 +435,17 @@ def test_a_second_call_does_not_compile_and_the_state_keeps_its_types():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), state) == types_before
 
 
+@pytest.mark.parametrize("finder", FINDERS)
+def test_a_new_state_may_be_given_up(finder):
+    """No buffer is in it twice."""
+    params = {"kernel": normal(5, 8), "bias": normal(8)}
+    tx = galore(0.1, 2, finder=finder)
+    update = jax.jit(lambda grads, state: tx.update(grads, state, grads), donate_argnums=1)
+    want, _ = tx.update(params, tx.init(params), params)
+    updates, _ = update(params, tx.init(params))
+    np.testing.assert_allclose(updates["kernel"], want["kernel"], atol=1e-5)
+
+
 # -------------------------------------------------------------------------- composition with optax
 
 
@@ -534,3 +545,10 @@ def test_bad_arguments_fail_at_construction(change, error, message):
 def test_masks_that_do_not_fit(mask, error, message):
     with pytest.raises(error, match=message):
         galore(0.1, 2, mask={"kernel": mask}).init({"kernel": jnp.zeros((3, 4, 5))})
+
+
+def test_complex_kernels_are_refused_and_may_be_masked():
+    params = {"kernel": jnp.ones((5, 8), jnp.complex64)}
+    with pytest.raises(TypeError, match="a leaf is complex64: mask it"):
+        galore(0.1, 2).init(params)
+    galore(0.1, 2, mask=False).init(params)
