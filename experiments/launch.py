@@ -117,6 +117,8 @@ def _main(argv: list[str]) -> None:
         _use(values)
         return
     if values.out_dir is None and not values.resume and not values.plan:
+        if values.distributed:
+            raise ValueError("distributed needs --out_dir: each process would make up a folder of its own")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)

@@ -214,6 +214,12 @@ def test_an_address_needs_others(capsys):
     assert "num_processes=2 has no effect: give --distributed too" in capsys.readouterr().err
 
 
+def test_processes_are_given_one_folder(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run.py", "--distributed"])
+    assert stop.value.code == 2 and "distributed needs --out_dir" in capsys.readouterr().err
+
+
 def two(*out):
     """Two processes that share no memory."""
     env = launch_local.environment(2) | {"PYTHONPATH": str(ROOT)}
