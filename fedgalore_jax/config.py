@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bf16")
@@ -15,6 +17,23 @@ KEEP = ("last", "best")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "norm_clip")
 MAY_CHANGE = ("out_dir", "checkpoint_every", "keep_checkpoints", "resume", "override", "mesh")
 """Fields that may differ when a run goes on: no number of it depends on them, rounding aside."""
+
+
+def mistyped(value: object, hint: Any) -> str | None:
+    """What to give in place of a value that is not of an annotated type, None where it is.
+
+    Types matter where values come from a command line or a script: `"0.1"`, or 1 for True, goes wrong late.
+
+    >>> mistyped("0.1", float | None), mistyped(1, float), mistyped(1, bool)
+    ('float or None', None, 'bool')
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    accepted: Any = tuple(get_origin(kind) or kind for kind in kinds)
+    fits = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+    if fits and (bool in accepted or not isinstance(value, bool)):
+        return None
+    names = ("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    return " or ".join(names)
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,12 @@ class Config:
 
     def __post_init__(self):
         """Refuses what cannot run, before anything is loaded or compiled."""
+        for name in ("data", "model", "out_dir"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        for name, hint in get_type_hints(type(self)).items():
+            wanted = mistyped(getattr(self, name), hint)
+            self._require(name, wanted is None, wanted)
         for name, value in vars(self).items():
             self._require(name, value != "" or name in ("adapt", "train"), "a value, or leave it out")
         counts = ("rounds", "clients", "local_steps", "batch_size", "rank", "eval_every", "shards")
@@ -201,7 +226,7 @@ class Config:
         pairs = {name: (was[name], now.get(name)) for name in names}
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
-    def _require(self, name: str, ok: Any, remedy: str) -> None:
+    def _require(self, name: str, ok: Any, remedy: str | None) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r} is not usable: give {remedy}")
 

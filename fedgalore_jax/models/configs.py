@@ -65,8 +65,8 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
 
 
 def family_of(config: Any) -> Any:
-    """The module whose `Config` this is."""
-    return next(f for f in FAMILIES.values() if type(config) is f.Config)
+    """The module whose `Config` this is, None for a model of your own."""
+    return next((f for f in FAMILIES.values() if type(config) is f.Config), None)
 
 
 def is_decoder(path: pathlib.Path) -> bool:

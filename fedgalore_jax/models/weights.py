@@ -119,6 +119,9 @@ def load(
 def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
     """Writes a directory that `load` and torch `transformers` read.
 
+    Of a model that is of no family here it holds `model.safetensors` alone, whose names are the paths of the
+    parameters: `tree.unflatten(safetensors.numpy.load_file(file))` gives them back.
+
     Everything is written to a temporary directory first and then renamed, so an interrupted call
     leaves no half-written file; other files in an existing directory stay.
 
@@ -131,7 +134,8 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
       ValueError: `params` are not this model's.
     """
     path = pathlib.Path(path)
-    shapes, flat = _shapes(fns), tree.flatten(params)
+    flat, known = tree.flatten(params), configs.family_of(fns.config) is not None
+    shapes = _shapes(fns) if known else {leaf: x for leaf, x in flat.items() if hasattr(x, "shape")}
     got = {leaf: getattr(array, "shape", None) for leaf, array in flat.items()}
     want = {leaf: array.shape for leaf, array in shapes.items()}
     if wrong := sorted(p for p in want.keys() | got.keys() if want.get(p) != got.get(p)):
@@ -140,8 +144,8 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
             "merged: pass all of the model's parameters as plain arrays"
         )
     flat = {leaf: np.asarray(array) for leaf, array in flat.items()}
-    rows = {}
-    for name, slot in slots_of(fns).items():
+    rows = {} if known else {leaf: np.ascontiguousarray(array) for leaf, array in flat.items()}
+    for name, slot in (slots_of(fns) if known else {}).items():
         array = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
         rows[name] = np.ascontiguousarray(slot.transform(array))
 
@@ -149,11 +153,13 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         new = pathlib.Path(temporary) / path.name
         new.mkdir()
-        for name, content in configs.to_json(fns.config).items():
+        (new / tensors.WEIGHTS).touch()
+        mode = (new / tensors.WEIGHTS).stat().st_mode
+        for name, content in (configs.to_json(fns.config) if known else {}).items():
             (new / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         safetensors.numpy.save_file(rows, new / tensors.WEIGHTS, {"format": "pt"})
         # safetensors lets nobody but the owner read; the folder is for whom its other files are for.
-        (new / tensors.WEIGHTS).chmod((new / configs.CONFIG).stat().st_mode)
+        (new / tensors.WEIGHTS).chmod(mode)
         if not path.exists():
             new.rename(path)
             return

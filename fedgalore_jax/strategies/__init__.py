@@ -1,10 +1,11 @@
 """Federated algorithms by name: `build("fedgalore", lr=1e-3, sync="ajive")`."""
 
 import inspect
-import types
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 
+from fedgalore_jax.config import mistyped
 from fedgalore_jax.strategies.adel_fl import adel_fl
 from fedgalore_jax.strategies.base import Common, Strategy
 from fedgalore_jax.strategies.dual_adapter import dual_adapter
@@ -35,6 +36,8 @@ from fedgalore_jax.strategies.lora_fair import lora_fair
 from fedgalore_jax.strategies.rolora import rolora
 from fedgalore_jax.strategies.scaffold import scaffold
 from fedgalore_jax.strategies.ssf import ssf
+
+_Method = typing.TypeVar("_Method", bound=Callable[..., Strategy])
 
 _GROUPS = {
     "full": (
@@ -81,6 +84,22 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_STRATEGIES))
 
 
+def register(method: _Method) -> _Method:
+    """Makes a method of your own known by its name, to `build` and so to `Config(method=...)`; a decorator.
+
+    Args:
+      method: `(common, *, options) -> Strategy`, as those here.
+
+    Raises:
+      ValueError: there is one of that name.
+    """
+    name = method.__name__
+    if name in _STRATEGIES:
+        raise ValueError(f"there is a method {name!r} already: give yours another name")
+    _STRATEGIES[name] = method
+    return method
+
+
 def groups() -> dict[str, tuple[str, ...]]:
     """Strategies' names by what clients train of a kernel, and "all"."""
     return {"all": names()} | {
@@ -120,7 +139,8 @@ def build(name: str, **given) -> Strategy:
         given = {key: value for key, value in given.items() if key in own and key != "base"}
     hints = typing.get_type_hints(Common) | typing.get_type_hints(_STRATEGIES[name])
     for key, value in given.items():
-        _check_type(name, key, value, hints[key])
+        if wanted := mistyped(value, hints.get(key, object)):
+            raise ValueError(f"{name}: {key}={value!r} is not usable: give {wanted}")
     if given.get("ranks") and name not in _RANKS:
         raise ValueError(f"{name} has one rank for all, not ranks={given['ranks']}: try {', '.join(_RANKS)}")
     common = inside or Common(**{key: value for key, value in given.items() if key in _COMMON})
@@ -136,17 +156,6 @@ def _base(name: str, given: dict[str, typing.Any]) -> str | None:
     if base in _AROUND:
         raise ValueError(f"{name}: base={base!r} is not usable: give a method that needs no base")
     return base
-
-
-def _check_type(method: str, name: str, value: object, hint: object) -> None:
-    """Types matter where options come from a command line: `"0.1"` or 1 for True goes wrong late."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    accepted: typing.Any = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    fits = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
-    if fits and (bool in accepted or not isinstance(value, bool)):
-        return
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    raise ValueError(f"{method}: {name}={value!r} is not usable: give {wanted}")
 
 
 def _check_name(name: str) -> None:
