@@ -112,9 +112,8 @@ def _options(pairs: list[str], methods: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    lowered = {"true": True, "false": False, "none": None}
-    if text.lower() in lowered and text != "none":
-        return lowered[text.lower()]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

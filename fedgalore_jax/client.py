@@ -77,10 +77,8 @@ def local_train(
             raise ValueError(f"batch {j} of a client with {steps} local steps: ask for fewer batches")
         return jax.value_and_grad(objective)(tree, assemble, j)
 
-    def train(local: Local, tx, count: int) -> tuple[Local, Array]:
+    def train(local: Local, tx) -> tuple[Local, Array]:
         nonlocal gradients
-        if not 1 <= count <= steps:
-            raise ValueError(f"{count} steps of a client with {steps} local steps: ask for 1 to {steps}")
         evaluations = 0
 
         def assemble(trainable):
@@ -117,13 +115,13 @@ def local_train(
         if local.first:
             carry, value = step(carry, jnp.zeros((), jnp.int32), local.first)
             losses, gradients = [value[None]], gradients + evaluations
-        later = jnp.arange(len(losses), count, dtype=jnp.int32)
+        later = jnp.arange(len(losses), steps, dtype=jnp.int32)
         (trainable, opt), values = jax.lax.scan(step, carry, later)
         gradients += len(later) * evaluations
         return Local(trainable, opt, local.extra), jnp.concatenate([*losses, values])
 
-    ops = Ops(client, own, value_and_grad, lambda local, tx, count=steps: train(local, tx, count)[0], steps)
-    local, losses = train(strategy.start(download, client_state, ops), strategy.tx, steps)
+    ops = Ops(client, own, value_and_grad, lambda local, tx: train(local, tx)[0], steps)
+    local, losses = train(strategy.start(download, client_state, ops), strategy.tx)
     upload, client_state = strategy.finish(download, local, client_state, ops)
     mean = losses.mean() if reach is None else losses.sum() / reach
     return Trained(upload, client_state, mean, local.opt, gradients)

@@ -101,7 +101,7 @@ def leading_subspace(
         columns by descending singular value. 'subspace' is subspace iteration from a random start: the
         same space as far as there is a gap after the r-th singular value; its columns tend to the
         singular vectors in order, but are not rotated to them (Rayleigh-Ritz would need LAPACK).
-        'random' looks only at the shape.
+        'random' looks only at the shape. A GPU or TPU reads float32 matrices in bfloat16 for 'subspace'.
       key: a PRNG key; 'svd' ignores it.
       passes: of subspace iteration, two readings of the matrix each. The error falls as the power
         `2 * passes` of the gap (§4.5).

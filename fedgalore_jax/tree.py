@@ -1,7 +1,7 @@
 """Small things done to pytrees: paths, ordered regex rules, bytes, weighted sums."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -19,7 +19,7 @@ def flatten(params: Params) -> Flat:
     """
 
     def walk(node, path):
-        if not isinstance(node, dict):
+        if not isinstance(node, Mapping):
             yield path, node
             return
         for name in node:

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from problem import OPTIONS, K, N, loss, params, plan, samples
+from test_architecture import FLOORS, floor
 
 from experiments import launch
 from fedgalore_jax import engine, strategies, tasks
 
+ROOMS = set().union(*FLOORS)
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -70,6 +72,9 @@ def test_the_house_has_every_room():
     for folder in ("fedgalore_jax", "experiments"):
         there = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
         assert {name for name in there if not name.startswith("__")} <= rooms, folder
+    lines = house.partition("fedgalore_jax/\n")[2].splitlines()
+    named = [floor(name) for line in lines for name in re.findall(r"\w+", line[:34]) if name in ROOMS]
+    assert named == sorted(named, reverse=True)
 
 
 def names_in(header: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The protocol of a federated algorithm: a NamedTuple of pure functions.
 
 The engine owns every loop, `vmap`, loss and key; a strategy says what travels and what is done with it.
-Nothing here knows a model, a data set or a device.
+Nothing here knows a model or a data set.
 """
 
 import math
@@ -118,8 +118,8 @@ class Ops(NamedTuple):
       key: PRNG key of this client in this round.
       value_and_grad: `value_and_grad(assemble, tree, j)` is the loss of the model `assemble(tree)` on the
         client's j-th batch, and its gradient with respect to `tree`.
-      train: `train(local, tx, steps=K)` is `local` after that many steps of `tx` on the client's first
-        batches, the same ones (and the same dropout) as in its local training.
+      train: `train(local, tx)` is `local` after K steps of `tx` on the client's batches, the same ones (and
+        the same dropout) as in its local training.
       steps: K, a Python int.
     """
 
