@@ -323,13 +323,19 @@ def test_a_group_is_its_methods_and_ranks_reach_them(tmp_path):
 def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "run.py", *SMALL, "--rounds=100000", f"--out_dir={out}"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    # In the background of a shell this process ignores the signal, and its children would.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    try:
         metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text().count("\n") > 3):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert error.splitlines()[-1].startswith("run.py: interrupted") and "Traceback" not in error
     rounds = [record["round"] for record in lines(metrics)]
