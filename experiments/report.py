@@ -58,7 +58,8 @@ def plans(forecasts: list[Forecast]) -> None:
     for method, wire, traffic, flops, memory in forecasts:
         sizes = (wire.up, wire.down, wire.catch_up, wire.optimizer, wire.memory, traffic)
         rows.append((method, *map(human, sizes), f"{wire.gradients:g}", f"{flops:.2e}", human(memory)))
-    print("\nBytes of one client (up and down each round, for rounds missed, held), of all, on each device:")
+    print("\nBytes of one client (up and down each round, for rounds missed, held), of all, on each device;")
+    print("floating-point operations of a round:")
     _table(rows)
 
 
