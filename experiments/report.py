@@ -81,7 +81,8 @@ def curves(out: pathlib.Path, results: list[Record]) -> None:
         style = {"color": colours[i % 10], "linestyle": ("-", "--", ":")[i // 10 % 3], "linewidth": 1.6}
         for axis, name in zip(axes, (metric, "train_loss"), strict=True):
             points = [(h["round"], h[name]) for h in result.history if name in h]
-            axis.plot(*zip(*points, strict=True), label=result.summary["method"], **style)
+            marker = "o" if len(points) <= 12 else None  # between few points a line says little
+            axis.plot(*zip(*points, strict=True), marker=marker, label=result.summary["method"], **style)
     for axis, title in zip(axes, (f"validation {metric}", "training loss"), strict=True):
         axis.set(xlabel="round", title=title)
         axis.grid(alpha=0.3)
