@@ -120,7 +120,8 @@ def _main(argv: list[str]) -> None:
         if values.distributed:
             raise ValueError("distributed needs --out_dir: each process would make up a folder of its own")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        values.out_dir = f"runs/{values.task}-{'-'.join(values.method)}-s{values.seed}-{stamp}"
+        methods = "-".join(values.method) if len(values.method) <= 4 else f"{len(values.method)}-methods"
+        values.out_dir = f"runs/{values.task}-{methods}-s{values.seed}-{stamp}"
     runs = our_flags.configs(values)
     _join(values)
     if values.plan:
@@ -155,13 +156,29 @@ def _join(values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, which then ends nothing by itself."""
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    """Whether SIGTERM has come, which then ends nothing by itself.
+
+    Asking also raises what Ctrl-C raised, where that was lost: Python drops it inside of callbacks of JAX's.
+    """
+    told, interrupted = threading.Event(), threading.Event()
+
+    def interrupt(number, frame):
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    def asked() -> bool:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        return told.is_set()
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: told.set())}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield told.is_set
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _plan(runs: list[Config]) -> None:

@@ -85,8 +85,9 @@ def curves(out: pathlib.Path, results: list[Record]) -> None:
             axis.plot(*zip(*points, strict=True), marker=marker, label=result.summary["method"], **style)
     for axis, title in zip(axes, (f"validation {metric}", "training loss"), strict=True):
         axis.set(xlabel="round", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1)
+    axes[0].set_ylim(min(0, axes[0].get_ylim()[0]), 1.02)
     if columns:
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right center", ncols=columns, fontsize="small", frameon=False)
@@ -136,8 +137,10 @@ def heat_map(path: pathlib.Path, counts: np.ndarray, names: Sequence[str] = ()) 
     else:
         axis.set_yticks([])
     if len(names) == classes <= 40:
+        names = [name if len(name) <= 30 else f"{name[:29]}…" for name in names]
         long = max(map(len, names)) > 3
-        axis.set_xticks(range(classes), names, rotation=60 if long else 0, ha="right" if long else "center")
+        turned = {"rotation": 60, "ha": "right"} if long else {}
+        axis.set_xticks(range(classes), names, parse_math=False, **turned)
     if clients <= 20 and classes <= 12:
         for (row, column), count in np.ndenumerate(counts[order]):
             if count:

@@ -15,7 +15,8 @@ import tiny_vit
 from absl import flags
 
 from experiments import flags as our_flags
-from experiments.launch import main
+from experiments import report
+from experiments.launch import _terminated, main
 from fedgalore_jax import loading, models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
@@ -342,6 +343,26 @@ def test_ctrl_c_leaves_whole_files_and_one_line(tmp_path):
     assert rounds == list(range(len(rounds)))
     assert json.loads((out / "config.json").read_text())["rounds"] == 100000
     assert not list(out.glob("*.partial"))
+
+
+def test_ctrl_c_that_is_lost_in_a_callback_is_raised_when_next_asked():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _terminated() as asked:
+            assert not asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                asked()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    """Dollars are no formulas, and long names are cut."""
+    report.heat_map(tmp_path / "c.png", np.eye(3, dtype=int), ("$$", "$10%-$20%", "a" * 200))
+    assert (tmp_path / "c.png").exists()
 
 
 def test_a_comparison_holds_its_data_once():
