@@ -156,6 +156,15 @@ def test_bad_folders(model, tmp_path):
     picture(tmp_path / "data/validation/cat/0.png", 1)
     with pytest.raises(ValueError, match="class 'owl' has no training image"):
         load(Source(model, str(tmp_path / "data")))
+    (tmp_path / "one").mkdir()
+    fill(tmp_path / "one", ("cat",))
+    (tmp_path / "one" / "cat" / "._0.png").write_bytes(b"what another system notes of 0.png")
+    with pytest.raises(ValueError, match="all images are of class 'cat'"):
+        load(Source(model, str(tmp_path / "one")))
+    (tmp_path / "one" / "dog").mkdir()
+    (tmp_path / "one" / "dog" / "0.tif").touch()
+    with pytest.raises(ValueError, match=r"one/dog holds no image \("):
+        load(Source(model, str(tmp_path / "one")))
     (model / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="reads no images"):
         load(Source(model, str(fill(tmp_path / "more"))))

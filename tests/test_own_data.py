@@ -13,7 +13,7 @@ from test_launch import launch, lines
 
 from fedgalore_jax import models, train
 from fedgalore_jax.config import Config
-from fedgalore_jax.data import digits
+from fedgalore_jax.data import digits, tables, text
 from fedgalore_jax.models import llama, vit
 
 SHORT = ["--rounds=2", "--local_steps=2", "--batch_size=4", "--rank=2", "--lr=1e-2", "--clients=3"]
@@ -169,3 +169,17 @@ def test_a_model_and_a_data_set_from_python():
     result = train.run(run, model=(fns, fns.init(jax.random.key(0))), dataset=dataset, say=lambda line: None)
     assert result.params["embeddings"]["projection"]["kernel"].shape == (16, 8)
     assert 0 <= result.summary["final"]["accuracy"] <= 1
+
+
+def test_one_quote_swallows_no_lines(tmp_path):
+    """In a csv that is an error, in a tsv a letter."""
+    (tmp_path / "a.csv").write_text('text,label\n"never closed,x\nb,y\n')
+    with pytest.raises(ValueError, match=r"a\.csv' is no sound csv .*: look at its quotes"):
+        tables.read(tmp_path / "a.csv")
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"never closed\tx\nb\ty\n')
+    assert tables.read(tmp_path / "a.tsv") == {"text": ['"never closed', "b"], "label": ["x", "y"]}
+
+
+def test_classes_that_are_one_number_keep_their_order():
+    """Whatever the seed of Python's hashes."""
+    assert text.class_names(["1.0", "2", "01", "1"], None) == ("01", "1", "1.0", "2")

@@ -24,6 +24,7 @@ SPLITS = {
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
+    "dev": "validation",
     "test": "test",
 }
 
@@ -127,12 +128,14 @@ def _items(root: pathlib.Path, classes: Sequence[tuple[pathlib.Path, str]]) -> l
         Item(file, path.name, split, name=str(file))
         for path, split in classes
         for file in sorted(path.iterdir())
-        if file.suffix.lower() in SUFFIXES
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     ]
     if not items:
         raise ValueError(
             f"data={str(root)!r} is empty: put images into one folder a class ({', '.join(SUFFIXES)})"
         )
+    if bare := {path for path, _ in classes} - {pathlib.Path(item.name).parent for item in items}:
+        raise ValueError(f"{min(bare)} holds no image ({', '.join(SUFFIXES)}): put some there, or remove it")
     return items
 
 
@@ -168,7 +171,11 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
     trained = {item.label for item, where in zip(items, split, strict=True) if where == "train"}
     if strange := sorted({item.label for item in items} - trained):
         raise ValueError(f"class {strange[0]!r} has no training image: give it one, or drop it")
-    names = tuple(sorted(trained, key=lambda name: name.zfill(9) if name.isdigit() else name))
+    if len(trained) < 2:
+        raise ValueError(
+            f"all images are of class {trained.pop()!r}: a classifier needs two classes at least"
+        )
+    names = tuple(sorted(sorted(trained), key=lambda name: name.zfill(9) if name.isdigit() else name))
     index = {name: i for i, name in enumerate(names)}
     labels = np.array([index[item.label] for item in items], np.int32)
 

@@ -32,6 +32,8 @@ def read(path: pathlib.Path) -> Table:
         raise ValueError(f"data={str(path)!r}: give a file that ends in {', '.join(SUFFIXES)}")
     try:
         table = reader[path.suffix](path)
+    except csv.Error as error:
+        raise ValueError(f"data={str(path)!r} is no sound csv ({error}): look at its quotes") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"data={str(path)!r} is not UTF-8 text: {error}") from None
     if not table or not len(next(iter(table.values()))):
@@ -42,7 +44,11 @@ def read(path: pathlib.Path) -> Table:
 def _csv(path: pathlib.Path) -> Table:
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        # In a tsv a quote is a letter; in a csv one that is not closed would swallow the lines after it.
+        form: dict[str, Any] = (
+            {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+        )
+        rows = csv.reader(file, **form)
         header = next(rows, [])
         if twice := {name for name in header if header.count(name) > 1}:
             raise ValueError(f"data={str(path)!r} has more than one column {sorted(twice)[0]!r}")

@@ -125,10 +125,11 @@ def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[st
     found = {str(value) for value in train}
     if len(found) < 2:
         raise ValueError(f"all training labels are {found.pop()!r}: a classifier needs two classes at least")
+    in_order = sorted(found)
     try:
-        return tuple(sorted(found, key=float))
+        return tuple(sorted(in_order, key=float))  # of equal ones, such as 1 and 01, as before
     except ValueError:
-        return tuple(sorted(found))
+        return tuple(in_order)
 
 
 def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_index: bool) -> np.ndarray:
