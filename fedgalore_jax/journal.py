@@ -135,6 +135,7 @@ class Journal:
             return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
 
         self.complete = (out / SUMMARY).exists() and not changed
+        begun = history or self.checkpoints.rounds()
         rounds = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
         if self.complete and rounds < config.rounds:
             raise FileExistsError(
@@ -149,7 +150,7 @@ class Journal:
             write_json(out / CONFIG, dataclasses.asdict(config))
             write_lines(out / METRICS, self.history)
         if not rounds:
-            if history:
+            if begun:
                 self.say("no checkpoint can be used: starting again at round 0")
             return state
         del state  # there may not be room for two

@@ -74,10 +74,6 @@ def load(
 
 def load_data(config: Config, task: tasks.Task) -> Dataset:
     """The task's data as the model of the config reads it."""
-    path = model_path(config, task)
-    if models.is_decoder(path) != task.answers:
-        needed = "a language model" if task.answers else "a classifier"
-        raise ValueError(f"{config.task} needs {needed}, and {path} is none: give another --model")
     return task.load(source(config, task))
 
 
@@ -114,11 +110,19 @@ def check(dataset: Dataset) -> None:
 
 
 def source(config: Config, task: tasks.Task) -> Source:
-    """What the config says of the data, and the model whose tokenizer and image size they are read with."""
+    """What the config says of the data, and the model whose tokenizer and image size they are read with.
+
+    Raises:
+      ValueError: the model answers where the task asks for classes, or the other way round.
+    """
+    path = model_path(config, task)
+    if models.is_decoder(path) != task.answers:
+        needed = "a language model" if task.answers else "a classifier"
+        raise ValueError(f"{config.task} needs {needed}, and {path} is none: give another --model")
     # Not the run's seed: a model is never tested on what another seed trained it on.
     names = ("data", "text_column", "label_column", "client_column", "max_length")
     fields = {name: getattr(config, name) for name in names}
-    return Source(model=model_path(config, task), cache=default_cache() / "data", **fields)
+    return Source(model=path, cache=default_cache() / "data", **fields)
 
 
 def load_model(
