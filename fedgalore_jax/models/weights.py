@@ -135,19 +135,17 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
     """
     path = pathlib.Path(path)
     flat, known = tree.flatten(params), configs.family_of(fns.config) is not None
-    shapes = _shapes(fns) if known else {leaf: x for leaf, x in flat.items() if hasattr(x, "shape")}
     got = {leaf: getattr(array, "shape", None) for leaf, array in flat.items()}
-    want = {leaf: array.shape for leaf, array in shapes.items()}
-    if wrong := sorted(p for p in want.keys() | got.keys() if want.get(p) != got.get(p)):
+    want = {leaf: array.shape for leaf, array in _shapes(fns).items()} if known else got
+    if wrong := sorted(p for p in want.keys() | got.keys() if got.get(p) is None or want.get(p) != got[p]):
         raise ValueError(
             f"cannot save to {path}: {', '.join(wrong)} missing, unknown, of another shape or not "
             "merged: pass all of the model's parameters as plain arrays"
         )
-    flat = {leaf: np.asarray(array) for leaf, array in flat.items()}
-    rows = {} if known else {leaf: np.ascontiguousarray(array) for leaf, array in flat.items()}
-    for name, slot in (slots_of(fns) if known else {}).items():
-        array = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
-        rows[name] = np.ascontiguousarray(slot.transform(array))
+    rows, files = {leaf: np.asarray(array) for leaf, array in flat.items()}, {}
+    if known:
+        rows, files = _named_as_there(fns, rows), configs.to_json(fns.config)
+    rows = {name: np.ascontiguousarray(array) for name, array in rows.items()}
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
@@ -155,7 +153,7 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
         new.mkdir()
         (new / tensors.WEIGHTS).touch()
         mode = (new / tensors.WEIGHTS).stat().st_mode
-        for name, content in (configs.to_json(fns.config) if known else {}).items():
+        for name, content in files.items():
             (new / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         safetensors.numpy.save_file(rows, new / tensors.WEIGHTS, {"format": "pt"})
         # safetensors lets nobody but the owner read; the folder is for whom its other files are for.
@@ -165,6 +163,15 @@ def save(path: str | os.PathLike, fns: ModelFns, params: Params) -> None:
             return
         for file in new.iterdir():
             file.replace(path / file.name)
+
+
+def _named_as_there(fns: ModelFns, flat: Flat) -> dict[str, np.ndarray]:
+    """The parameters as the tensors of the family's file, by their names."""
+    rows = {}
+    for name, slot in slots_of(fns).items():
+        array = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+        rows[name] = slot.transform(array)
+    return rows
 
 
 def _shapes(fns: ModelFns) -> Flat:
