@@ -122,6 +122,14 @@ def local_train(
 
     ops = Ops(client, own, value_and_grad, lambda local, tx: train(local, tx)[0], steps)
     local, losses = train(strategy.start(download, client_state, ops), strategy.tx)
-    upload, client_state = strategy.finish(download, local, client_state, ops)
+    upload, memory = strategy.finish(download, local, client_state, ops)
+    _check_memory(client_state, memory)
     mean = losses.mean() if reach is None else losses.sum() / reach
-    return Trained(upload, client_state, mean, local.opt, gradients)
+    return Trained(upload, memory, mean, local.opt, gradients)
+
+
+def _check_memory(made: Tree, left: Tree) -> None:
+    """What a client leaves takes the place of what it had, and must not be cast or broadcast to it."""
+    forms = [jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (made, left)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"finish leaves a memory {forms[1]}: give one as client_init makes it, {forms[0]}")

@@ -183,7 +183,6 @@ class Engine(NamedTuple):
             client_key = jax.random.fold_in(key, client_id)
             args = (strategy, self.loss, self.steps, download, memory)
             trained = local_train(*args, batch, client_id, client_key, reach)
-            _check_memory(memory, trained.memory)
             left = trained.upload, trained.memory, trained.loss
             return *left, tree.all_finite(left)
 
@@ -274,13 +273,6 @@ class Engine(NamedTuple):
         down, up, missed, optimizer, memory = sizes
         down, up, missed = (size // strategy.wire_of for size in (down, up, missed))
         return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
-
-
-def _check_memory(made: Tree, left: Tree) -> None:
-    """What a client leaves takes the place of what it had, and must not be cast or broadcast to it."""
-    forms = [jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", memory) for memory in (made, left)]
-    if forms[0] != forms[1]:
-        raise ValueError(f"finish leaves a memory {forms[1]}: give one as client_init makes it, {forms[0]}")
 
 
 def _where(moved: Array, new: Tree, old: Tree) -> Tree:
