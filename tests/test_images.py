@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fedgalore_jax import tasks
-from fedgalore_jax.data import Source, digits, packages
+from fedgalore_jax.data import Source, digits, images, packages
 from fedgalore_jax.models import vit
 
 
@@ -192,3 +192,13 @@ def test_three_domains_of_digits():
         assert pixels.min() == -1 and pixels.max() > 0.9, name
         assert len(np.unique(data.classes[data.domains == d])) == 10
     np.testing.assert_array_equal(data.train.labels[:1200], digits.load().train.labels)
+
+
+def test_photographs_stand_upright_and_deep_ones_keep_their_shades(tmp_path):
+    shades = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    held = Image.Exif()
+    held[0x0112] = 6  # turned by a quarter
+    Image.fromarray(np.rot90(shades)).save(tmp_path / "turned.png", exif=held)
+    Image.fromarray(shades.astype(np.uint16) << 8).save(tmp_path / "deep.png")
+    for name in ("turned.png", "deep.png"):
+        np.testing.assert_array_equal(images.reader(8, 1)(tmp_path / name)[..., 0], shades)

@@ -100,7 +100,7 @@ def test_long_samples_are_cut_or_dropped_and_counted(model, tmp_path):
 
 def test_bad_columns(model, tmp_path):
     source = Source(model, write(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match="'answers' is missing in train: its columns are prompt, answer"):
+    with pytest.raises(ValueError, match="'answers' is missing in train: its columns are 'prompt', 'answer'"):
         tasks.get("sft").load(source._replace(text_column="prompt,answers"))
     with pytest.raises(ValueError, match="give two columns"):
         tasks.get("sft").load(source._replace(text_column="prompt"))

@@ -126,11 +126,12 @@ def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
 
 
 BAD = {
-    "column": ({"label_column": "stars"}, "'stars' is missing in train: its columns are text, label, user"),
+    "column": ({"label_column": "stars"}, "'stars' is missing in train: its columns are 'text', 'label', 'us"),
     "client": ({"client_column": "site"}, "'site' is missing"),
     "three": ({"text_column": "a,b,c"}, "give one column, or two"),
     "absent": ({"data": "/nowhere.csv"}, "'/nowhere.csv' does not exist"),
     "none": ({"data": None}, "data is missing"),
+    "length": ({"max_length": 2}, "max_length=2 leaves no room for text: 2 tokens of a sample are special"),
 }
 
 
@@ -152,6 +153,8 @@ def test_bad_arguments(case, model, tmp_path):
         ("train.jsonl", "{\n", "line 1 is not JSON"),
         ("train.jsonl", '{"text": "a"}\n{"label": 1}\n', "column 'text' of train is empty in sample 2"),
         ("train.csv", "text,label\na,1\nb,\n", "column 'label' of train is empty in sample 2"),
+        ("train.jsonl", '{"text": "a", "label": NaN}\n', "column 'label' of train is empty in sample 1"),
+        ("train.jsonl", '{"text": ["a"], "label": 1}\n', "column 'text' of train holds a list in sample 1"),
         ("train.csv", "text,label\n ,1\nb,2\n", "column 'text' of train is empty in sample 1: fill it"),
         ("train.json", '{"text": "a"}', "must hold objects"),
         ("train_1.csv", "text,label\na,1\nb,2\n", "has no train.csv, .jsonl or .parquet: there is train_1"),
@@ -165,6 +168,25 @@ def test_bad_files(name, content, message, model, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, OSError), match=message):
         TEXT.load(Source(model, str(tmp_path)))
+
+
+def test_two_files_of_one_split_are_refused(model, tmp_path):
+    for name in ("train.csv", "train.json"):
+        (tmp_path / name).write_text("text,label\na,1\nb,2\n")
+    with pytest.raises(ValueError, match=r"has train.csv and train.json: both are 'train', keep one"):
+        TEXT.load(Source(model, str(tmp_path)))
+
+
+def test_white_space_around_commas_and_labels_is_nothing(model, tmp_path):
+    plain = "text,label,user\n" + 'a film,good,u0\n"a, b",bad,u1\n' * 20
+    spaced = "text, label, user\n" + 'a film, good , u0\n"a, b", bad, u1 \n' * 20
+    loaded = []
+    for content in (plain, spaced):
+        (tmp_path / "a.csv").write_text(content)
+        loaded.append(TEXT.load(Source(model, str(tmp_path / "a.csv"), client_column="user")))
+    assert loaded[0].label_names == loaded[1].label_names == ("bad", "good")
+    assert loaded[0].domain_names == loaded[1].domain_names == ("u0", "u1")
+    np.testing.assert_array_equal(loaded[0].train.labels, loaded[1].train.labels)
 
 
 def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):

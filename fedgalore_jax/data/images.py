@@ -102,7 +102,8 @@ def cifar(name: str, source: Source) -> Dataset:
         return load(source)
     items = []
     for split, table in found.items():
-        for i, (image, label) in enumerate(zip(*tables.columns(table, ["img", column], split), strict=True)):
+        labels = tables.columns(table, [column], split)[0]
+        for i, (image, label) in enumerate(zip(table.get("img", [None] * len(labels)), labels, strict=True)):
             name = f"image {i + 1} of {split}"
             if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
                 raise ValueError(f"data={source.data!r}, {name}: column img must hold {{bytes, path}}")
@@ -235,7 +236,8 @@ def _open_all(
                 damaged.append(i)
         return {"pixels": pixels, "damaged": np.array(damaged, int)}
 
-    arrays = cached(cache, ("images", size, channels, [_fingerprint(file) for file in files]), compute)
+    key = ("upright images", size, channels, [_fingerprint(file) for file in files])
+    arrays = cached(cache, key, compute)
     damaged = arrays["damaged"]
     return arrays["pixels"][: len(files) - len(damaged)], damaged
 
@@ -250,15 +252,18 @@ def _fingerprint(file: pathlib.Path | bytes) -> Any:
 def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
     """A function from a path or encoded bytes to pixels `[size, size, channels]` uint8, bilinear as ViT's."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("images are read by Pillow: pip install pillow") from error
 
     def read(file: pathlib.Path | bytes) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                upright = ImageOps.exif_transpose(image)  # as the camera was held
+                if upright.mode.startswith("I"):  # 16 bits of gray, which `convert` would clip at 255
+                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
                 mode = {1: "L", 3: "RGB"}[channels]
-                small = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+                small = upright.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
         return np.asarray(small).reshape(size, size, channels)

@@ -13,6 +13,7 @@ from fedgalore_jax.data.dataset import split_rows
 
 Table = dict[str, list[Any]]
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_SHARD = r"-\d+-of-\d+$"
 _NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -45,9 +46,9 @@ def _csv(path: pathlib.Path) -> Table:
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         # In a tsv a quote is a letter; in a csv one that is not closed would swallow the lines after it.
-        form: dict[str, Any] = (
-            {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
-        )
+        form: dict[str, Any] = {"strict": True, "skipinitialspace": True}
+        if path.suffix == ".tsv":
+            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         rows = csv.reader(file, **form)
         header = next(rows, [])
         if twice := {name for name in header if header.count(name) > 1}:
@@ -117,18 +118,25 @@ def splits(data: str) -> dict[str, Table]:
       Tables by split, `train` among them.
 
     Raises:
-      FileNotFoundError, ValueError: no `train`, shards that do not match, or what `read` raises.
+      FileNotFoundError, ValueError: no `train`, two files of one split, shards that do not match, or what
+        `read` raises.
     """
     path = pathlib.Path(data)
     if not path.is_dir():
         return {"train": read(path)}
-    found: dict[str, Table] = {}
+    files: dict[str, list[pathlib.Path]] = {}
     for file in sorted(file for file in path.iterdir() if file.suffix in SUFFIXES):
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
-        name, table = _NAMES.get(stem, stem), read(file)
-        if name in found and found[name].keys() != table.keys():
+        stem = re.sub(_SHARD, "", file.stem)
+        files.setdefault(_NAMES.get(stem, stem), []).append(file)
+    found: dict[str, Table] = {}
+    for name, parts in files.items():
+        if len(parts) > 1 and (whole := [file.name for file in parts if not re.search(_SHARD, file.stem)]):
+            other = next(file.name for file in parts if file.name != whole[0])
+            raise ValueError(f"data={data!r} has {whole[0]} and {other}: both are {name!r}, keep one")
+        read_parts = [read(file) for file in parts]
+        if any(part.keys() != read_parts[0].keys() for part in read_parts):
             raise ValueError(f"data={data!r}: the files of {name!r} have different columns")
-        found[name] = {k: [*found.get(name, {}).get(k, []), *v] for k, v in table.items()}
+        found[name] = {column: [v for part in read_parts for v in part[column]] for column in read_parts[0]}
     if "train" not in found:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"data={data!r} has no train.csv, .jsonl or .parquet: there is {there}")
@@ -167,7 +175,7 @@ def hub(name: str, config: str | None = None, *, raw_images: str | None = None) 
 
 
 def columns(table: Table, names: Iterable[str], where: str, *, blank: bool = False) -> list[list[Any]]:
-    """Columns by name.
+    """Columns of texts and numbers by name.
 
     Args:
       table: has them.
@@ -176,20 +184,28 @@ def columns(table: Table, names: Iterable[str], where: str, *, blank: bool = Fal
       blank: whether texts of nothing but white space may stand.
 
     Raises:
-      ValueError: a missing column (the message lists those there are), an empty cell (it names the sample).
+      ValueError: a missing column (the message lists those there are), a cell that is empty or holds several
+        values (it names the sample).
     """
 
     def empty(value: Any) -> bool:
-        return value is None or (not blank and isinstance(value, str) and not value.strip())
+        missing = value is None or value != value  # NaN stands for what is missing in parquet
+        return missing or (not blank and isinstance(value, str) and not value.strip())
 
     found = []
     for name in names:
         if name not in table:
-            raise ValueError(f"column {name!r} is missing in {where}: its columns are {', '.join(table)}")
-        column = table[name]
-        if (row := next((i for i, value in enumerate(column) if empty(value)), None)) is not None:
-            raise ValueError(f"column {name!r} of {where} is empty in sample {row + 1}: fill it, or drop it")
-        found.append(column)
+            there = ", ".join(map(repr, table))
+            raise ValueError(f"column {name!r} is missing in {where}: its columns are {there}")
+        for i, value in enumerate(table[name], 1):
+            if empty(value):
+                raise ValueError(f"column {name!r} of {where} is empty in sample {i}: fill it, or drop it")
+            if isinstance(value, list | dict):
+                kind = f"a {type(value).__name__}"
+                raise ValueError(
+                    f"column {name!r} of {where} holds {kind} in sample {i}: give one text or number a cell"
+                )
+        found.append(table[name])
     return found
 
 

@@ -122,7 +122,7 @@ def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[st
     """Names of the classes in order: as given, else the training labels sorted (numbers as numbers)."""
     if given is not None:
         return given
-    found = {str(value) for value in train}
+    found = {str(value).strip() for value in train}
     if len(found) < 2:
         raise ValueError(f"all training labels are {found.pop()!r}: a classifier needs two classes at least")
     in_order = sorted(found)
@@ -135,13 +135,13 @@ def class_names(train: Sequence[Any], given: tuple[str, ...] | None) -> tuple[st
 def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_index: bool) -> np.ndarray:
     """Labels as class indices int32, or as float32 where there are no classes.
 
-    A label is a class's name or, if `by_index`, its index too.
+    A label is a class's name, white space at its ends aside, or, if `by_index`, its index too.
     """
     if not names:
         return np.array([float(value) for value in values], np.float32)
     index = {str(i): i for i in range(len(names))} if by_index else {}
     index |= {name: i for i, name in enumerate(names)}
-    strings = [str(value) for value in values]
+    strings = [str(value).strip() for value in values]
     if unknown := sorted(set(strings) - set(index)):
         raise ValueError(
             f"label {unknown[0]!r} of the {where} split is unknown: the classes are {', '.join(names)}"
@@ -158,7 +158,7 @@ def natural_key(found: dict[str, Table], column: str | None) -> tuple[np.ndarray
     if column is None:
         return None, ()
     keys = {
-        name: [str(k) for k in tables.columns(t, [column], name)[0]]
+        name: [str(k).strip() for k in tables.columns(t, [column], name)[0]]
         for name, t in found.items()
         if column in t
     }

@@ -94,10 +94,18 @@ def encode(
 
     Returns:
       An `Encoded`.
+
+    Raises:
+      ValueError: nothing but special tokens fits.
     """
 
     def compute(_: Empty) -> Arrays:
         own = tokenizer(model)
+        special = own.num_special_tokens_to_add(pair=pairs is not None)
+        if max_length <= special:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for text: {special} tokens of a sample are special"
+            )
         whole = _call(own, texts, pairs)
         long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
         if long:
