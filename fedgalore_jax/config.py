@@ -1,4 +1,4 @@
-"""The description of a run. Plain data: `json.dumps(dataclasses.asdict(config))` is `config.json`."""
+"""The description of a run. Plain data: `dataclasses.asdict(config)` as JSON is a run's `config.json`."""
 
 import dataclasses
 import json

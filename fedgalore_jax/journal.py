@@ -23,6 +23,10 @@ from fedgalore_jax.folder import (
 from fedgalore_jax.types import Tree
 
 
+DATA = "data_digest"
+"""In `config.json`, beside the config: of the data, see `Dataset.digest`."""
+
+
 class Finished(NamedTuple):
     """What a complete run left in its folder.
 
@@ -51,8 +55,12 @@ def finished(config: Config) -> Finished | None:
     return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
 
 
-def changes(config: Config) -> dict[str, tuple[Any, Any]]:
+def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any]]:
     """What differs from the run that goes on in `out_dir`, `{field: (old, new)}`.
+
+    Args:
+      config: of the run that goes on.
+      data: the digest of its data, where they are known.
 
     Raises:
       ValueError: something does, and `override` is not set.
@@ -60,7 +68,11 @@ def changes(config: Config) -> dict[str, tuple[Any, Any]]:
     out = pathlib.Path(config.out_dir or "")
     if not config.resume or is_new(out):
         return {}
-    differing = config.changes(read_json(out / CONFIG))
+    was = read_json(out / CONFIG)
+    before = was.pop(DATA, None)
+    differing = config.changes(was)
+    if data and before and data != before:  # the files that the same flags name are others
+        differing[DATA] = before, data
     private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort") if name in differing]
     if private and config.override and (config.dp_noise or "dp_noise" in differing):
         raise ValueError(
@@ -86,6 +98,7 @@ class Journal:
 
     Args:
       config: of the run.
+      data: the digest of its data.
       metric: which of a record's numbers says how good the state after its round is.
       out: the run's folder, where it has one.
       checkpoints: those in it.
@@ -100,12 +113,13 @@ class Journal:
     def __init__(
         self,
         config: Config,
+        data: str,
         metric: str,
         out: pathlib.Path | None = None,
         checkpoints: Checkpoints | None = None,
         say: Callable[[str], None] = print,
     ):
-        self.config, self.metric = config, metric
+        self.config, self.data, self.metric = config, data, metric
         self.out, self.checkpoints, self.say = out, checkpoints, say
         self.history: list[dict[str, Any]] = []
         self.best: Any = None
@@ -128,7 +142,7 @@ class Journal:
         config, out, state = self.config, self.out, new()
         if out is None or self.checkpoints is None:
             return state
-        history, changed, like = read_lines(out / METRICS), changes(config), abstract(state)
+        history, changed, like = read_lines(out / METRICS), changes(config, self.data), abstract(state)
 
         def saved(rounds):
             best = best_of(history[: rounds + 1], self.metric)["round"]
@@ -147,7 +161,7 @@ class Journal:
         if hosts.first():
             if changed:
                 (out / SUMMARY).unlink(missing_ok=True)
-            write_json(out / CONFIG, dataclasses.asdict(config))
+            write_json(out / CONFIG, dataclasses.asdict(config) | {DATA: self.data})
             write_lines(out / METRICS, self.history)
         if not rounds:
             if begun:

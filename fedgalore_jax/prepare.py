@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
     Attributes:
       config: of the run.
       task, loaded, federation: what is learned, from what, by whom.
+      data: the digest of the data and of who has what.
       machine: the engine.
       blocks: how its rounds are cut into calls.
       compile: makes the program of its rounds, see `engine.Engine.rounds`.
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     task: tasks.Task
     loaded: Loaded
     federation: FederatedData
+    data: str
     machine: engine.Engine
     blocks: blocks.Blocks
     compile: Callable[[], Any]
@@ -93,6 +95,9 @@ def prepare(
     loaded = beside.loaded if beside else load(config, task, mesh, model=model, dataset=dataset)
     dataset, fns, params, _ = loaded
     federation = federate(config, dataset)
+    data = dataset.digest(federation.parts)
+    if config.out_dir and hosts.first():
+        changes(config, data)
     deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
     if strategy.personal and not deals_classes:
         raise ValueError(
@@ -141,6 +146,7 @@ def prepare(
         task,
         loaded,
         federation,
+        data,
         machine,
         pieces,
         functools.partial(engine.compiled, traced.lower()),

@@ -210,7 +210,7 @@ def test_the_best_state_that_was_read_is_not_written_over(tmp_path):
     config = Config(keep="best", rounds=2, out_dir=str(tmp_path), resume=True)
     folder.write_json(tmp_path / folder.CONFIG, dataclasses.asdict(config))
     folder.write_lines(tmp_path / folder.METRICS, [{"round": t, "accuracy": t / 9} for t in range(2)])
-    book = journal.Journal(config, "accuracy", tmp_path, Held(), lambda line: None)
+    book = journal.Journal(config, "", "accuracy", tmp_path, Held(), lambda line: None)
     state = book.open(lambda: Held().restore(0, None)["state"])
     state["memories"][:] = 5
     assert book.history[-1]["round"] == 1 and not book.best["memories"].any()
@@ -296,6 +296,22 @@ def test_a_changed_config_is_refused(flags, prepared, copy, capsys):
     with pytest.raises(ValueError, match=r"copy/checkpoints/8 has .* where a run with these values has "):
         execute(other, copy, resume=True, override=True, method="fedit")
     assert before == contents(copy)
+
+
+def test_other_data_under_the_same_name_are_refused(prepared, copy):
+    on = dataclasses.replace(prepared.config, out_dir=str(copy), resume=True)
+    dataset = prepared.loaded.dataset
+    assert prepare.prepare(on, dataset=dataset).data == prepared.data
+    labels = dataset.validation.labels.copy()
+    labels[7] = (labels[7] + 1) % 10
+    other = dataset._replace(validation=dataset.validation._replace(labels=labels))
+    with pytest.raises(ValueError, match="cannot go on: data_digest was '[0-9a-f]{16}' and is '"):
+        prepare.prepare(on, dataset=other)
+    prepare.prepare(dataclasses.replace(on, override=True), dataset=other)
+    config = folder.read_json(copy / "config.json")
+    del config["data_digest"]  # as older runs are
+    folder.write_json(copy / "config.json", config)
+    prepare.prepare(on, dataset=other)
 
 
 def test_privacy_cannot_change_on_the_way(prepared, copy):

@@ -107,3 +107,18 @@ def test_digits_are_split_once_and_for_all():
     assert pixels.shape == (1200, 8, 8, 1) and pixels.dtype == np.float32
     assert pixels.min() == -1 and pixels.max() == 1
     assert data.num_labels == len(np.unique(data.test.labels)) == 10
+
+
+def test_a_digest_tells_data_and_shares_apart():
+    data, parts = digits.load(), split()
+    found = {data.digest(parts), data.digest(split(seed=1)), data.digest(parts[::-1])}
+    pixels = data.test.inputs["pixel_values"].copy()
+    pixels[0] += 1
+    changed = (
+        {"classes": data.classes[::-1]},
+        {"label_names": data.label_names[::-1]},
+        {"test": data.test._replace(inputs={"pixel_values": pixels})},
+        {"more_tests": {"own": data.test}},
+    )
+    found |= {data._replace(**change).digest(parts) for change in changed}
+    assert len(found) == 7 and data.digest(split()) in found

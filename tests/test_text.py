@@ -126,7 +126,7 @@ def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
 
 
 BAD = {
-    "column": ({"label_column": "stars"}, "'stars' is missing in train: its columns are 'text', 'label', 'us"),
+    "column": ({"label_column": "stars"}, "'stars' is missing in train: its columns are 'text', 'label', "),
     "client": ({"client_column": "site"}, "'site' is missing"),
     "three": ({"text_column": "a,b,c"}, "give one column, or two"),
     "absent": ({"data": "/nowhere.csv"}, "'/nowhere.csv' does not exist"),

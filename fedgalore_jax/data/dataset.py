@@ -1,5 +1,6 @@
 """A data set, and what a loader is told."""
 
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from fedgalore_jax.data.padded import Rows
 
 IGNORE = -100
 """A label of `[n, L]` labels where no loss is taken, as Hugging Face's and PyTorch's losses have it."""
+DIGESTED = 1024
+"""Samples of each split that a digest reads: a fraction of a second, however large the data are."""
 JUDGES = 0
 """The seed of the samples that judge where not all do: runs of all seeds are judged by the same ones."""
 
@@ -125,6 +128,24 @@ class Dataset(NamedTuple):
     more_tests: dict[str, Split] = {}  # noqa: RUF012 - never written to
     generation: Generation | None = None
     notes: tuple[str, ...] = ()
+
+    def digest(self, parts: Sequence[np.ndarray]) -> str:
+        """A hash that tells other data, or other shares of them, from these: rows of every split, all classes.
+
+        Args:
+          parts: which training samples each client has.
+        """
+        found = hashlib.sha256()
+        splits = {"train": self.train, "validation": self.validation, "test": self.test} | self.more_tests
+        for name, split in splits.items():
+            n = len(split.labels)
+            rows = np.unique(np.linspace(0, n - 1, min(n, DIGESTED), dtype=int))
+            for key, values in sorted(split.take(rows).arrays.items()):
+                found.update(f"{name} {key} {n}".encode() + np.asarray(values).tobytes())
+        found.update(repr(self.label_names).encode() + np.asarray(self.classes).tobytes())
+        for part in parts:
+            found.update(f"{len(part)}".encode() + np.asarray(part, np.int64).tobytes())
+        return found.hexdigest()[:16]
 
     def judged_by(self, n: int) -> "Dataset":
         """The same with at most n samples in every split that is evaluated.
