@@ -203,8 +203,9 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
     several, resume = len(runs) > 1, runs[0].resume
     if several and (out / CONFIG).exists():
         raise ValueError(f"out_dir={str(out)!r} is in use by a run of one method: choose a new folder")
-    if several and not resume and hosts.first():
-        refuse_used(out)
+    begun = resume and any((out / config.method).exists() for config in runs)
+    if several and not begun and hosts.first():
+        refuse_used(out, resume=resume)
     found = [journal.finished(config) for config in runs]
     if all(found) and (out / SUMMARY).exists():
         print(f"{out} is complete: nothing is left to do")

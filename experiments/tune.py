@@ -15,15 +15,14 @@ import pathlib
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from absl import flags
 
 from experiments import flags as our_flags
 from experiments.launch import guarded
 from fedgalore_jax import train
-from fedgalore_jax.prepare import Prepared
-from fedgalore_jax.trials import trials
+from fedgalore_jax.trials import Trials, trials
 
 _OWN = ("rates", "seeds", "search_rounds", "preset")
 _SET = ("lr", "seed", "eval_every", "out_dir")
@@ -40,8 +39,12 @@ def main() -> None:
     if rest := values(sys.argv)[1:]:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
     rates, seeds = sorted(set(_numbers(values, "rates", float))), _numbers(values, "seeds", int)
-    if len(rates) < 2 or rates[0] <= 0:
-        raise ValueError(f"rates={','.join(values.rates)!r} are no grid: give two or more, all positive")
+    if len(rates) < 2 or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(
+            f"rates={','.join(values.rates)!r} are no grid: give two or more, positive and finite"
+        )
+    if not seeds:
+        raise ValueError("seeds='' are none: give one or more")
     if given := [name for name in _SET if values[name].present]:
         raise ValueError(f"{given[0]} is set by the search: leave it out")
     configs = our_flags.configs(values)
@@ -50,12 +53,15 @@ def main() -> None:
     preset = pathlib.Path(values.preset) if values.preset else None
     if preset and (preset.exists() or not preset.parent.is_dir()):
         raise ValueError(f"preset={values.preset!r} is not usable: name a new file in a folder that exists")
-    rounds = values.search_rounds or values.rounds
+    rounds = values.rounds if values.search_rounds is None else values.search_rounds
+    ready: list[Trials] = []  # all of them are sound before the first begins
+    for config in configs:
+        config = dataclasses.replace(config, rounds=rounds, eval_every=rounds)
+        ready.append(trials(config, beside=ready[0].shared if ready else None))
     head = f"{'method':<12}{'lr':>8}{'validation':>12}{'lowest seed':>13}"
     table, found = [head], {}
-    print(head)
-    for config in configs:
-        trial = trials(dataclasses.replace(config, rounds=rounds, eval_every=rounds))
+    print(head, flush=True)
+    for config, trial in zip(configs, ready, strict=True):
         scores: dict[float, float] = {}
         for lr, beyond in search(rates, scores):
             accuracies = [validated(trial, lr, seed) for seed in seeds]
@@ -70,8 +76,8 @@ def main() -> None:
             )
         table.append(f"{config.method:<12}{best(scores):>8.2g}  is best")
         print(table[-1], flush=True)
-    if preset:
-        preset.write_text(flagfile(values, preset, table, found), encoding="utf-8")
+        if preset:  # whole after each method
+            preset.write_text(flagfile(values, preset, table, found), encoding="utf-8")
 
 
 def _numbers(values: flags.FlagValues, name: str, kind: type) -> list:
@@ -115,7 +121,7 @@ def best(scores: dict[float, float]) -> float:
     return max(scores, key=lambda rate: scores[rate])
 
 
-def validated(trial: Callable[[float, int], Prepared], lr: float, seed: int) -> float:
+def validated(trial: Trials, lr: float, seed: int) -> float:
     """Final validation metric; minus infinity for a run that diverges."""
     prepared = trial(lr, seed)
     try:

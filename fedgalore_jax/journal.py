@@ -22,7 +22,6 @@ from fedgalore_jax.folder import (
 )
 from fedgalore_jax.types import Tree
 
-
 DATA = "data_digest"
 """In `config.json`, beside the config: of the data, see `Dataset.digest`."""
 

@@ -3,36 +3,47 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from fedgalore_jax.config import Config
 from fedgalore_jax.loading import load_model
 from fedgalore_jax.prepare import Prepared, federate, prepare
 
 
-def trials(config: Config) -> Callable[[float, int], Prepared]:
-    """Prepares a method for many runs.
+class Trials(NamedTuple):
+    """Many runs of one method; called with `lr` and `seed` it prepares one of them.
 
-    Args:
-      config: of all of them, but for `lr` and `seed`.
-
-    Returns:
-      `trial(lr, seed) -> Prepared`; the first of them that is run compiles for all.
-
-    Raises:
-      ValueError: as `prepare`.
+    Attributes:
+      shared: what is the same for all.
+      compiled: makes their program; the first of them that is run compiles for all.
     """
-    shared = prepare(dataclasses.replace(config, lr=1.0, out_dir=None), any_trial=True)
-    compiled = functools.cache(shared.compile)
 
-    def trial(lr: float, seed: int) -> Prepared:
-        own = dataclasses.replace(shared.config, lr=lr, seed=seed)
+    shared: Prepared
+    compiled: Callable[[], Any]
+
+    def __call__(self, lr: float, seed: int) -> Prepared:
+        """The run with that learning rate and seed."""
+        shared, own = self.shared, dataclasses.replace(self.shared.config, lr=lr, seed=seed)
         federation = federate(own, shared.loaded.dataset)
         _, params = load_model(own, shared.task, shared.loaded.dataset, shared.machine.mesh)
         return shared._replace(
             config=own,
             federation=federation,
             loaded=shared.loaded._replace(params=params),
-            compile=lambda: functools.partial(compiled(), lr),
+            compile=lambda: functools.partial(self.compiled(), lr),
         )
 
-    return trial
+
+def trials(config: Config, beside: Prepared | None = None) -> Trials:
+    """Prepares a method for many runs.
+
+    Args:
+      config: of all of them, but for `lr` and `seed`.
+      beside: runs that differ in their method alone, whose data these take.
+
+    Raises:
+      ValueError: as `prepare`.
+    """
+    config = dataclasses.replace(config, lr=1.0, out_dir=None)
+    shared = prepare(config, beside=beside, any_trial=True)
+    return Trials(shared, functools.cache(shared.compile))

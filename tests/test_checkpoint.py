@@ -305,7 +305,7 @@ def test_other_data_under_the_same_name_are_refused(prepared, copy):
     labels = dataset.validation.labels.copy()
     labels[7] = (labels[7] + 1) % 10
     other = dataset._replace(validation=dataset.validation._replace(labels=labels))
-    with pytest.raises(ValueError, match="cannot go on: data_digest was '[0-9a-f]{16}' and is '"):
+    with pytest.raises(ValueError, match=r"cannot go on: data_digest was '[0-9a-f]{16}' and is '"):
         prepare.prepare(on, dataset=other)
     prepare.prepare(dataclasses.replace(on, override=True), dataset=other)
     config = folder.read_json(copy / "config.json")

@@ -286,6 +286,14 @@ def test_a_comparison_does_not_overwrite_a_run(compared, capsys):
     assert (out / "fedit" / "summary.json").read_text() == before
 
 
+def test_a_comparison_goes_on_where_one_began_and_nowhere_else(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        launch(*SMALL, "--method=fedavg,fedit", "--resume", f"--out_dir={tmp_path}")
+    assert "holds no run to go on with" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_divergence_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         launch(*SMALL, "--method=fedavg", "--lr=1e30", "--clip=0", f"--out_dir={tmp_path / 'out'}")

@@ -130,7 +130,9 @@ class Dataset(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def digest(self, parts: Sequence[np.ndarray]) -> str:
-        """A hash that tells other data, or other shares of them, from these: rows of every split, all classes.
+        """A hash that tells other data, or others' shares of them, from these.
+
+        It reads some rows of every split, all classes, and who has what.
 
         Args:
           parts: which training samples each client has.
