@@ -26,14 +26,24 @@ def mistyped(value: object, hint: Any) -> str | None:
 
     >>> mistyped("0.1", float | None), mistyped(1, float), mistyped(1, bool)
     ('float or None', None, 'bool')
+    >>> mistyped(("8",), tuple[int, ...] | None)
+    'a tuple of int or None'
     """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     accepted: Any = tuple(get_origin(kind) or kind for kind in kinds)
+    of = {get_origin(kind): get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple}
     fits = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+    if isinstance(value, tuple) and of:
+        fits = not any(mistyped(item, of[tuple]) for item in value)
     if fits and (bool in accepted or not isinstance(value, bool)):
         return None
-    names = ("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-    return " or ".join(names)
+
+    def name(kind: Any) -> str:
+        if kind is type(None):
+            return "None"
+        return f"a tuple of {name(get_args(kind)[0])}" if get_origin(kind) is tuple else kind.__name__
+
+    return " or ".join(map(name, kinds))
 
 
 @dataclass(frozen=True)

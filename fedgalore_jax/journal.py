@@ -68,6 +68,8 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
     if not config.resume or is_new(out):
         return {}
     was = read_json(out / CONFIG)
+    if not isinstance(was, dict):
+        raise ValueError(f"{out / CONFIG} holds no config: choose another folder")
     before = was.pop(DATA, None)
     differing = config.changes(was)
     if data and before and data != before:  # the files that the same flags name are others

@@ -145,7 +145,8 @@ def test_stacked_uploads_are_refused(base):
     [
         ({"deadline": 0.0}, "deadline=0.0"),
         ({"speeds": (1.0, -1.0)}, r"speeds=\(1.0, -1.0\)"),
-        ({"speeds": 1.0}, "give tuple"),
+        ({"speeds": 1.0}, "give a tuple of float"),
+        ({"speeds": ("1",)}, "give a tuple of float"),
         ({"min_chance": 2.0}, "min_chance=2.0"),
         ({"base": "fedsgd"}, "unknown method 'fedsgd'"),
         ({"base": "adel_fl"}, "give a method that needs no base"),
