@@ -210,6 +210,7 @@ _TASKS = {
     "domainnet": _image(images.domainnet),
     "images": _image(images.load),
     "trec": _text(_own(corpora.trec), lr={"fedgalore": 8e-3}),
+    "trec_fine": _text(_own(functools.partial(corpora.trec, fine=True))),
     "20newsgroups": _text(_own(corpora.newsgroups)),
     "sentiment": _text(_own(corpora.sentiment)),
     "text": _text(text.load),

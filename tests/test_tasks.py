@@ -71,7 +71,7 @@ def test_an_unknown_task_lists_the_others():
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits_domains", "trec", "20newsgroups", "sentiment", "gsm_symbolic"]
+    "name", ["digits", "digits_domains", "trec", "trec_fine", "20newsgroups", "sentiment", "gsm_symbolic"]
 )
 def test_a_task_with_its_own_data_takes_no_other(name):
     with pytest.raises(ValueError, match="data='mine': this task has its own data"):

