@@ -263,6 +263,10 @@ class Common:
             raise ValueError(f"only kernels can be adapted, not {', '.join(others)}: train them")
         return adapt, train, freeze
 
+    def adapted(self, flat: Flat) -> Flat:
+        """The `adapt` leaves of a model or of a part of it."""
+        return {path: leaf for path, leaf in flat.items() if self.role(path) == "adapt"}
+
     def trained(self, params: Params) -> Flat:
         """The leaves `{path: leaf}` that full-weight methods train."""
         adapt, train, _ = self.split(tree.flatten(params))

@@ -25,12 +25,11 @@ import optax
 
 from fedgalore_jax import placement, tree
 from fedgalore_jax.adapters import merge
-from fedgalore_jax.galore import in_subspace
 from fedgalore_jax.optimizer import WarmAdamState, adam_state, with_state
 from fedgalore_jax.shared_signal import synchronise
 from fedgalore_jax.strategies.base import Common, Download, Local, Strategy, Upload, change
 from fedgalore_jax.strategies.fedgalore_options import Options, resolve
-from fedgalore_jax.strategies.subspaces import Subspaces, transported
+from fedgalore_jax.strategies.subspaces import Subspaces, in_given_bases, transported
 from fedgalore_jax.types import Adapted, Array, Flat
 
 
@@ -117,20 +116,9 @@ def fedgalore(
     space = Subspaces(common.rank, side)
     own, dense = basis == "own", client_weights == "dense"
 
-    def tx_dense():
-        def mask(trainable):
-            return {path: common.role(path) == "adapt" for path in trainable}
-
-        inside = in_subspace(common.clipped_adam(), common.rank, side=side, mask=mask)
-
-        def update(updates, state, params=None, **extra):
-            bases = {path: extra["extra"].get(path, optax.MaskedNode()) for path in updates}
-            return inside.update(updates, state, params, basis=bases)
-
-        first = optax.GradientTransformationExtraArgs(inside.init, update)
-        return optax.chain(first, common.tail())
-
-    tx = tx_dense() if dense else common.adamw()
+    tx = common.adamw()
+    if dense:
+        tx = optax.chain(in_given_bases(common.clipped_adam(), common, space), common.tail())
 
     def starting(adapt: Flat, train: Flat) -> Flat:
         """Where local training starts: Z = 0 next to a kernel, or the kernel itself."""

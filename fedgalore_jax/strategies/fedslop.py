@@ -16,10 +16,9 @@ Ledger (m x n kernel, floats per client and round)
 import jax
 import optax
 
-from fedgalore_jax.galore import in_subspace
 from fedgalore_jax.strategies.base import Common, Download, Strategy, require
 from fedgalore_jax.strategies.fedavg import fedavg
-from fedgalore_jax.strategies.subspaces import Subspaces
+from fedgalore_jax.strategies.subspaces import Subspaces, in_given_bases
 
 
 def fedslop(common: Common, *, momentum: float = 0.8) -> Strategy:
@@ -35,30 +34,17 @@ def fedslop(common: Common, *, momentum: float = 0.8) -> Strategy:
     require("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
 
     space = Subspaces(common.rank, "left")
-
-    def kernels_of(state):
-        return {path: w for path, w in state.trainable.items() if common.role(path) == "adapt"}
-
-    def mask(trainable):
-        return {path: common.role(path) == "adapt" for path in trainable}
-
     inner = optax.chain(common.clipping(), optax.trace(momentum))
-    inside = in_subspace(inner, common.rank, side=space.side, mask=mask)
-
-    def update(updates, state, params=None, *, extra, **_):
-        bases = {path: extra.get(path, optax.MaskedNode()) for path in updates}
-        return inside.update(updates, state, params, basis=bases)
-
-    projected = optax.GradientTransformationExtraArgs(inside.init, update)  # pyright: ignore
-    base = fedavg(common, optax.chain(projected, common.tail()))
+    base = fedavg(common, optax.chain(in_given_bases(inner, common, space), common.tail()))
 
     def init(params, key, num_clients):
         state = base.init(params, key, num_clients)
-        space.check(kernels_of(state))
+        space.check(common.adapted(state.trainable))
         return state._replace(extra=key)
 
     def broadcast(state):
-        bases = space.random(kernels_of(state), jax.random.fold_in(state.extra, state.round))
+        kernels = common.adapted(state.trainable)
+        bases = space.random(kernels, jax.random.fold_in(state.extra, state.round))
         return Download(state.trainable, state.frozen, {"seed": state.extra, "bases": bases}, state.round)
 
     def start(download, client_state, ops):

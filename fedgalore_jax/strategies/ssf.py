@@ -50,22 +50,20 @@ def ssf(common: Common, *, client: str = "sgd") -> Strategy:
 
     space = Subspaces(common.rank, "left")
 
-    def kernels_of(state):
-        return {path: w for path, w in state.trainable.items() if common.role(path) == "adapt"}
-
     def bases_of(state):
-        return space.random(kernels_of(state), jax.random.fold_in(state.extra["seed"], state.round))
+        key = jax.random.fold_in(state.extra["seed"], state.round)
+        return space.random(common.adapted(state.trainable), key)
 
     def init(params, key, num_clients):
         state = base.init(params, key, num_clients)
-        space.check(kernels_of(state))
+        space.check(common.adapted(state.trainable))
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
         state = state._replace(extra={"seed": key})
         step = down(bases_of(state), zeros)
         return state._replace(extra={"variate": zeros, "step": step, "seed": key})
 
     def broadcast(state):
-        bases, kernels = bases_of(state), kernels_of(state)
+        bases, kernels = bases_of(state), common.adapted(state.trainable)
         head = {path: x for path, x in state.trainable.items() if path not in bases}
         zeros = down(bases, jax.tree.map(jnp.zeros_like, kernels))
         extra = state.extra | {"bases": bases, "variate": down(bases, state.extra["variate"])}

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedgalore_jax import tree
+from fedgalore_jax.galore import in_subspace
 from fedgalore_jax.lowrank import leading_subspace, orthonormalise, random_basis
+from fedgalore_jax.strategies.base import Common
 from fedgalore_jax.types import Array, Flat, LowRank
 
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -91,6 +94,29 @@ class Subspaces(NamedTuple):
         """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap."""
         overlap = _matmul(jnp.swapaxes(new, -1, -2), old)
         return self.left(_matmul(overlap, self.left(moment)))
+
+
+def in_given_bases(
+    inner: optax.GradientTransformation, common: Common, space: Subspaces
+) -> optax.GradientTransformationExtraArgs:
+    """Clients that train kernels in full, along bases: `inner` sees their gradients' coordinates.
+
+    Args:
+      inner: any transform.
+      common: says which leaves are kernels to adapt; of the others `inner` sees the gradients.
+      space: of the bases, which each step is given as `extra`, `{path: P}`.
+    """
+
+    def mask(trainable):
+        return {path: common.role(path) == "adapt" for path in trainable}
+
+    inside = in_subspace(inner, space.rank, side=space.side, mask=mask)
+
+    def update(updates, state, params: Any = None, **given):
+        bases = {path: given["extra"].get(path, optax.MaskedNode()) for path in updates}
+        return inside.update(updates, state, params, basis=bases)
+
+    return optax.GradientTransformationExtraArgs(inside.init, update)
 
 
 def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
