@@ -1,6 +1,7 @@
 """Federated LoRA methods that average factors against float64 NumPy, two or three rounds each."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import (
@@ -194,6 +195,24 @@ def test_hetlora_pads_weighs_by_norm_and_shrinks():
     assert_model(got, w + S * a @ b, bias)
 
 
+def test_hetlora_keeps_what_only_the_absent_hold():
+    """Clients of rank 1 alone leave the other components be, until nobody holds them any more."""
+    machine, rounds, state = setup("hetlora", ranks=(3, 1), **OPTIONS)
+    state, _ = rounds(state, machine.train, plan(range(1)), 1)
+    low = plan(range(1, 2))
+    for client in (0, 2, 4):
+        low = away(low, client, 0)
+    after, _ = rounds(state, machine.train, low, 1)
+    assert after.server.extra.tolist() == [5, 3, 3]
+    (a, b), (new_a, new_b) = factors(state), factors(after)
+    np.testing.assert_array_equal(new_a[..., 1:], a[..., 1:])
+    np.testing.assert_array_equal(new_b[..., 1:, :], b[..., 1:, :])
+    assert np.abs(new_a[..., :1] - a[..., :1]).max() > 1e-3
+    nobody = after._replace(server=after.server._replace(extra=jnp.array([5.0, 0, 0])))
+    last, _ = rounds(nobody, machine.train, low, 1)
+    assert not factors(last)[0][..., 1:].any() and factors(last)[0][..., :1].all()
+
+
 def test_ilora_splits_by_qr_and_corrects_within_the_rank():
     """Ranks 3 and 1: what a client does not train stays in its model as it was sent, and counts so."""
     ranks, learn = (3, 1), ("a", "b", "bias")
@@ -256,6 +275,7 @@ def test_lora_fair_descends_the_cosine():
     for t in range(2):
         target, a, b, bias = fedit_round(w, a, b, bias, t)
         db = np.zeros_like(b)
+        rate = 0.1 * np.minimum(1, ((a @ b) ** 2).sum((-2, -1), keepdims=True))
         size = np.linalg.norm(target, axis=(-2, -1), keepdims=True)
         before = (
             1
@@ -267,13 +287,24 @@ def test_lora_fair_descends_the_cosine():
             own = np.linalg.norm(now, axis=(-2, -1), keepdims=True)
             dot = (target * now).sum((-2, -1), keepdims=True)
             d_now = -target / (size * own) + dot * now / (size * own**3)
-            db = db - 0.1 * (T(a) @ d_now + 2 * lam * db)
+            db = db - rate * (T(a) @ d_now + 2 * lam * db)
         after = 1 - (target * now).sum((-2, -1)) / (size * own)[..., 0, 0]
         assert (after < before).all()
         b = b + db
     got = run("lora_fair", 2)
     np.testing.assert_allclose(got[0], w + S * a @ b, atol=1e-6)  # eps under the root
     np.testing.assert_allclose(got[1], bias, atol=1e-6)
+
+
+def test_lora_fair_stays_small_where_products_are():
+    """After few small steps B is corrected, not thrown about: both terms of what it minimises count."""
+    machine, _, state = setup("lora_fair", **OPTIONS | {"lr": 1e-3, "weight_decay": 0.0})
+    corrected, _ = machine.rounds()(state, machine.train, plan(range(1)), 1)
+    plain, rounds, begin = setup("fedit", **OPTIONS | {"lr": 1e-3, "weight_decay": 0.0})
+    averaged, _ = rounds(begin, plain.train, plan(range(1)), 1)
+    (a, b), (same, mean) = factors(corrected), factors(averaged)
+    np.testing.assert_allclose(a, same, atol=1e-12)
+    assert 0 < np.linalg.norm(b - mean) < 0.1 * np.linalg.norm(mean)
 
 
 def test_lora_fair_ls_solves_the_ridge_problem():

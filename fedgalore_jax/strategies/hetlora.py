@@ -3,19 +3,22 @@
 Cho et al., 2401.06432 [V2]. Client i trains the first r_i components with a penalty on its tail,
 lam |B[:, g r_i:]| |A[g r_i:, :]|; if the tail is smaller after the round than before, r_i falls to
 max(r_min, floor(g r_i)) and the tail is dropped. One rank serves all kernels of a client, by the sum of their
-tails [I]. The server's weights are |B_i A_i| over their sum, for each kernel; p_i plays no part there.
+tails [I]. The server's weights are |B_i A_i| over their sum, for each kernel [I]; p_i plays no part there. A
+component that nobody in a round holds, though others do, stays as it was [I]: padded with zeros it would be
+zero in both factors, and have no gradient ever after.
 
 Ledger (m x n kernel, floats per client and round)
   trained         the first r_i of A and B of every adapt kernel; train leaves in full
   frozen          every kernel, freeze leaves
   down            r_i (m + n) (bytes: at the ranks clients start with)
   up              r_i (m + n) + 1 per matrix, its norm; + 1, the rank
-  kept by client  1 (r_i)
+  kept by client  1 (r_i); the server counts who holds each component
   re-initialised  both moments, every round
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from fedgalore_jax.corrections import penalty
@@ -45,7 +48,8 @@ def hetlora(
       client: the clients' optimizer, "adamw" or "sgd".
 
     Returns:
-      A `Strategy`; a client's memory is `{"rank": r_i}`. The scale is the largest rank's for all [I].
+      A `Strategy`; a client's memory is `{"rank": r_i}`, `ServerState.extra` how many clients hold each
+      component, `[r]`. The scale is the largest rank's for all [I].
     """
     require("gamma", gamma, 0 < gamma < 1, "a number in (0, 1)")
     require("lam", lam, 0 <= lam < math.inf, "a finite number >= 0")
@@ -71,6 +75,14 @@ def hetlora(
 
     base = fedit(common, common.optimizer(client, penalty(regulariser)))
 
+    def holds(rank):
+        """Whether a client of that rank has each component, `[r]`."""
+        return (jnp.arange(common.rank) < rank).astype(jnp.float32)
+
+    def init(params, key, num_clients):
+        held = jax.vmap(holds)(common.rank_of(jnp.arange(num_clients))).sum(0)
+        return base.init(params, key, num_clients)._replace(extra=held)
+
     def client_init(params, id):
         del params
         return {"rank": common.rank_of(id)}
@@ -82,40 +94,46 @@ def hetlora(
 
     def finish(download, local, client_state, ops):
         del ops
-        rank = client_state["rank"]
-        received = at_rank(download.trainable, rank)
-        smaller = tail(local.trainable, rank) < tail(received, rank)
-        rank = jnp.where(smaller, jnp.maximum(shrunk(rank), jnp.minimum(rank, min_rank)), rank)
+        before = client_state["rank"]
+        received = at_rank(download.trainable, before)
+        smaller = tail(local.trainable, before) < tail(received, before)
+        rank = jnp.where(smaller, jnp.maximum(shrunk(before), jnp.minimum(before, min_rank)), before)
         factors, head = factors_of(at_rank(local.trainable, rank))
         total = {}
         for path, (a, b) in factors.items():
-            norm = jnp.sqrt((product(a.mT, a) * product(b, b.mT)).sum((-2, -1)))  # |ab| = tr(a'a bb')
+            squared = (product(a.mT, a) * product(b, b.mT)).sum((-2, -1))  # |ab|^2 = tr(a'a bb')
+            norm = jnp.sqrt(jnp.maximum(squared, 0))
             wide = norm[..., None, None]
             total[path] = {"factors": LoRA(wide * a, wide * b), "norm": norm}
         change = {path: leaf - download.trainable[path] for path, leaf in head.items()}
         mean = {"change": change, "rank": rank.astype(jnp.float32)}
-        return Upload(mean=mean, sum=total), {"rank": rank}
+        return Upload(mean=mean, sum={"factors": total, "held": holds(rank) - holds(before)}), {"rank": rank}
 
     def aggregate(state, upload, cohort):
         del cohort
-        trainable = dict(state.trainable)
+        trainable, held = dict(state.trainable), state.extra + upload.sum["held"]
         for path, d in upload.mean["change"].items():
             trainable[path] = (trainable[path] + d).astype(trainable[path].dtype)
-        for path, total in upload.sum.items():
-            norm = total["norm"][..., None, None]
-            mean = [x / jnp.maximum(norm, _EPS) for x in total["factors"]]
+        for path, total in upload.sum["factors"].items():
+            (a, b), old = total["factors"], trainable[path]
+            norm = jnp.maximum(total["norm"], _EPS)[..., None, None]
+            sent = jnp.any(a != 0, -2) | jnp.any(b != 0, -1)  # [..., r]
+            stays = ~sent & jnp.broadcast_to(held > 0, sent.shape)
             trainable[path] = LoRA(
-                *(jnp.where(norm > 0, x, old) for x, old in zip(mean, trainable[path], strict=True))
+                jnp.where(stays[..., None, :], old.a, a / norm),
+                jnp.where(stays[..., None], old.b, b / norm),
             )
-        return state._replace(trainable=trainable, round=state.round + 1), {"mean_rank": upload.mean["rank"]}
+        state = state._replace(trainable=trainable, extra=held, round=state.round + 1)
+        return state, {"mean_rank": upload.mean["rank"]}
 
     return base._replace(
+        init=init,
         client_init=client_init,
         start=start,
         finish=finish,
         aggregate=aggregate,
         wire_down=lambda download: by_rank(common, download.trainable),
-        wire_up=lambda upload: by_rank(common, upload),
+        wire_up=lambda upload: by_rank(common, (upload.mean, upload.sum["factors"])),  # "held" follows
         wire_of=wire_of(common),
         comparable=False,
     )

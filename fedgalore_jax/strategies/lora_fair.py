@@ -1,9 +1,10 @@
 """LoRA-FAIR: FedIT with a correction of B that brings the product of the means to the mean of the products.
 
 2411.14961 [V2]: dB = argmin 1 - cos(sum_i p_i A_i B_i, A (B + dB)) + lam |dB|^2, here by 200 gradient steps
-of 0.1 from zero, as a third-party port does it [V]; the paper's own solver was not read. Everything is
-computed from r x r and r x n products: nothing of size mn is formed [I]. `solver="ls"` is ours,
-LoRA-FAIR-LS: the Frobenius distance in place of the cosine, in closed form [I].
+of 0.1 from zero, as a third-party port does it [V]; the paper's own solver was not read. A cosine curves by
+1 / |A B|^2, and where A B is small plain steps would throw B far beyond the minimum: they are scaled by
+min(1, |A B|^2) [I]. Everything is computed from r x r and r x n products: nothing of size mn is formed [I].
+`solver="ls"` is ours, LoRA-FAIR-LS: the Frobenius distance in place of the cosine, in closed form [I].
 
 Ledger (m x n kernel, floats per client and round)
   trained         A and B of every adapt kernel; train leaves in full
@@ -55,14 +56,19 @@ def lora_fair(
             return mean.b + ridge(gram, target - product(gram, mean.b), lam)
         square = (product(wide.a.mT, wide.a) * product(wide.b, wide.b.mT)).sum((-2, -1))  # |T|^2
 
+        def squared(b):
+            return (b * product(gram, b)).sum((-2, -1))  # |a b|^2
+
+        rate = _RATE * jnp.clip(squared(mean.b), 0, 1)[..., None, None]
+
         def objective(db):
             b = mean.b + db
-            dot, own = (target * b).sum((-2, -1)), (b * product(gram, b)).sum((-2, -1))
+            dot, own = (target * b).sum((-2, -1)), squared(b)
             cosine = dot / jnp.sqrt(jnp.maximum(square, 0) * jnp.maximum(own, 0) + _EPS)
             return (1 - cosine).sum() + lam * jnp.square(db).sum()
 
         def step(_, db):
-            return db - _RATE * jax.grad(objective)(db)
+            return db - rate * jax.grad(objective)(db)
 
         return mean.b + jax.lax.fori_loop(0, _STEPS, step, jnp.zeros_like(mean.b))
 
