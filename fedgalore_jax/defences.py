@@ -20,6 +20,11 @@ def aggregator(config: Config, strategy: Strategy) -> aggregators.Aggregator:
     if config.straggler and "base" in strategies.options(config.method):
         raise ValueError(f"straggler={config.straggler!r}: {config.method} has stragglers of its own")
     if config.dp_clip is not None and config.dp_noise is not None:
+        if strategy.personal:
+            raise ValueError(
+                f"dp_clip={config.dp_clip!r}: {config.method} has a model per client, parts of which no noise"
+                " covers: give a method with one model"
+            )
         guarantee(config)
         return aggregators.Aggregator(clip=config.dp_clip, noise=config.dp_noise)
     return aggregators.build(config.aggregator, config.trim)

@@ -10,7 +10,7 @@ import pytest
 from problem import K, N, assert_close, away, plan, setup
 from test_checkpoint import TINY
 
-from fedgalore_jax import aggregators, config, plans, prepare, train
+from fedgalore_jax import aggregators, config, defences, plans, prepare, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import FederatedData, faults
 from fedgalore_jax.models import configs
@@ -204,6 +204,17 @@ def test_other_laws_are_refused(law):
         faults.time_of(law)
 
 
+def test_a_first_round_without_anyone_is_none():
+    """FedGLOMO's momentum begins with the first change that there is."""
+    machine, rounds, state = setup("fedglomo")
+    two = plan(range(2))
+    late, _ = rounds(
+        state, machine.train, two._replace(counts=two.counts * np.array([[0], [1]], np.int32)), 2
+    )
+    on_time, _ = rounds(state, machine.train, plan(range(1, 2)), 1)
+    assert_close(late.server.trainable, on_time.server.trainable, 1e-6)
+
+
 @pytest.mark.parametrize("method", ["scaffold", "fedglomo", "fedgalore", "fedadamw", "fedlada"])
 def test_a_straggler_is_a_client_with_fewer_steps(method):
     """Also its control variate, the mean of the gradients that it got to, and what the server counts."""
@@ -266,6 +277,22 @@ def test_privacy_of_what_the_bound_does_not_cover_is_refused(method, options, na
     machine = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
     with pytest.raises(ValueError, match=f"this one sends {names} besides: give another --method"):
         machine.rounds().lower(state, machine.train, plan(range(1)), 1)
+
+
+@pytest.mark.parametrize("method", ["rolora", "lora_a2"])
+def test_noise_moves_the_factor_in_turn_alone(method):
+    machine, _, state = setup(method)
+    private = machine._replace(aggregator=aggregators.Aggregator(clip=0.1, noise=1.0)).rounds()
+    after, _ = private(state, machine.train, plan(range(1)), 1)
+    old, new = (s.server.trainable["layers/kernel"] for s in (state, after))
+    np.testing.assert_array_equal(new.a, old.a)
+    assert np.abs(new.b - old.b).max() > 1e-3
+
+
+def test_privacy_of_models_of_clients_own_is_refused():
+    config = Config(method="fedsa_lora", lr=1e-3, dp_clip=0.1, dp_noise=1.0)
+    with pytest.raises(ValueError, match="fedsa_lora has a model per client, parts of which no noise covers"):
+        defences.aggregator(config, setup("fedsa_lora")[0].strategy)
 
 
 def test_privacy_and_decay_are_for_clients_with_weights_in_full():

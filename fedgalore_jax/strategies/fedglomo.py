@@ -3,7 +3,7 @@
 Das et al., 2012.04061 [M]. Local steps follow the recursive estimate v = g(w; B) + v_last - g(w_last; B),
 both gradients on the same batch, and run twice on the same batches: from w_k and from w_(k-1). With d and d'
 the two mean changes, the server's step is u = beta d + (1 - beta)(u_last + d - d'), and u = d in the first
-round [I].
+round that anyone comes through [I].
 The paper's quantiser is left out; clipping, where it is on, acts on v [I].
 
 Ledger (m x n kernel, floats per client and round)
@@ -32,7 +32,7 @@ def fedglomo(common: Common, *, beta: float = 0.2) -> Strategy:
       beta: weight of the fresh change against the corrected momentum [I].
 
     Returns:
-      A `Strategy`; `ServerState.extra` is `{"previous": w_(k-1), "step": u}`.
+      A `Strategy`; `ServerState.extra` is `{"previous": w_(k-1), "step": u, "begun": whether there is one}`.
     """
     require("beta", beta, 0 < beta <= 1, "a number in (0, 1]")
     tx = common.optimizer("sgd", storm())
@@ -41,7 +41,7 @@ def fedglomo(common: Common, *, beta: float = 0.2) -> Strategy:
     def init(params, key, num_clients):
         state = base.init(params, key, num_clients)
         step = jax.tree.map(jnp.zeros_like, state.trainable)
-        return state._replace(extra={"previous": state.trainable, "step": step})
+        return state._replace(extra={"previous": state.trainable, "step": step, "begun": jnp.zeros(())})
 
     def finish(download, local, client_state, ops):
         upload, memory = base.finish(download, local, client_state, ops)
@@ -50,7 +50,7 @@ def fedglomo(common: Common, *, beta: float = 0.2) -> Strategy:
         return upload._replace(mean=upload.mean | {"before": change(previous, again)}), memory
 
     def aggregate(state, upload, cohort):
-        fresh = jnp.where(state.round == 0, 1.0, beta)
+        fresh = jnp.where(state.extra["begun"], beta, 1.0)
 
         def momentum(u, d, before):
             share = fresh.astype(d.dtype)
@@ -58,7 +58,7 @@ def fedglomo(common: Common, *, beta: float = 0.2) -> Strategy:
 
         mean = upload.mean
         step = jax.tree.map(momentum, state.extra["step"], mean["change"], mean["before"])
-        extra = {"previous": state.trainable, "step": step}
+        extra = {"previous": state.trainable, "step": step, "begun": jnp.ones(())}
         state, metrics = base.aggregate(state, upload._replace(mean={"change": step}), cohort)
         return state._replace(extra=extra), metrics
 

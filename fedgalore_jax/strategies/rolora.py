@@ -15,6 +15,7 @@ Ledger (m x n kernel, floats per client and round)
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -46,13 +47,20 @@ def rolora(common: Common, *, client: str = "adamw", b_ratio: float = 1.0) -> St
     tx = optax.chain(mask, common.optimizer(client), mask, optax.stateless(faster_b))
     base = fedit(common, tx)
 
+    def in_turn(flat, round):
+        """1 for the factor in turn and for plainly trained leaves, 0 for the other factor."""
+        odd = (round % 2).astype(jnp.float32)
+        return {path: LoRA(odd, 1 - odd) if is_lora(leaf) else jnp.ones(()) for path, leaf in flat.items()}
+
     def start(download, client_state, ops):
-        odd = (download.round % 2).astype(jnp.float32)
-        active = {
-            path: LoRA(odd, 1 - odd) if is_lora(leaf) else jnp.ones(())
-            for path, leaf in download.trainable.items()
-        }
+        active = in_turn(download.trainable, download.round)
         return base.start(download, client_state, ops)._replace(extra={"active": active})
+
+    def aggregate(state, upload, cohort):
+        """As FedIT; where privacy puts noise on every change, that on the resting factor goes nowhere."""
+        change = upload.mean["change"]
+        change = jax.tree.map(jnp.multiply, change, in_turn(change, state.round))
+        return base.aggregate(state, upload._replace(mean={"change": change}), cohort)
 
     def two_rounds(trainable):
         """One factor in each, and the plainly trained leaves in both."""
@@ -61,6 +69,7 @@ def rolora(common: Common, *, client: str = "adamw", b_ratio: float = 1.0) -> St
 
     return base._replace(
         start=start,
+        aggregate=aggregate,
         wire_down=lambda download: two_rounds(download.trainable),
         wire_up=lambda upload: two_rounds(upload.mean["change"]),
         catch_up=lambda download: factors_of(download.trainable)[0],
