@@ -41,6 +41,7 @@ def local_train(
     client_state: Tree,
     batch: Callable[[Array], Batch],
     client: Array,
+    share: Array,
     key: Array,
     reach: Array | None = None,
 ) -> Trained:
@@ -57,6 +58,7 @@ def local_train(
       client_state: this client's memory.
       batch: `batch(j)` is the batch of local step j.
       client: its id, int32 scalar.
+      share: its samples as a share of all clients'.
       key: of this client in this round.
       reach: int32 scalar, how many of any K steps it gets to, at least one; None for all. What comes after
         them is computed and dropped, and counters are then batched.
@@ -120,7 +122,7 @@ def local_train(
         gradients += len(later) * evaluations
         return Local(trainable, opt, local.extra), jnp.concatenate([*losses, values])
 
-    ops = Ops(client, own, value_and_grad, lambda local, tx: train(local, tx)[0], steps)
+    ops = Ops(client, share, own, value_and_grad, lambda local, tx: train(local, tx)[0], steps)
     local, losses = train(strategy.start(download, client_state, ops), strategy.tx)
     upload, memory = strategy.finish(download, local, client_state, ops)
     _check_memory(client_state, memory)

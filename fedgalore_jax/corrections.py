@@ -79,13 +79,13 @@ def zero_mean(kind: str) -> optax.GradientTransformationExtraArgs:
 
     Args:
       kind: "per_unit" removes the mean over the inputs of each output of a kernel `[..., m, n]` and leaves
-        vectors alone; "per_tensor" removes the mean over each whole kernel or vector (of each layer).
+        vectors and embeddings alone; "per_tensor" removes the mean over each whole tensor (of each layer).
     """
 
     def one(path, g):
-        if path.rsplit("/")[-1] == "kernel":
-            return g - g.mean(-2 if kind == "per_unit" else (-2, -1), keepdims=True)
-        return g if kind == "per_unit" else g - g.mean(-1, keepdims=True)
+        if kind == "per_tensor":
+            return g - g.mean(tuple(range(path.startswith("layers/"), g.ndim)), keepdims=True)
+        return g - g.mean(-2, keepdims=True) if path.rsplit("/")[-1] == "kernel" else g
 
     def update(updates, params, **_):
         del params

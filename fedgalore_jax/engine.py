@@ -174,21 +174,22 @@ class Engine(NamedTuple):
         counts, size = jnp.asarray(plan.counts), (plan.ids < self.num_clients).sum()
         mask = counts > 0
         weights = self.aggregator.weights(counts, size)
+        shares = counts.astype(float) / next(iter(self.train.values())).shape[0]
         memory = jax.tree.map(lambda x: x.take(plan.slots, 0, mode="clip"), state.clients)
 
-        def client(memory, client_id, samples, weight, reach, own):
+        def client(memory, client_id, share, samples, weight, reach, own):
             def batch(j):
                 return {name: x[samples[j]] for name, x in (own or train).items()} | {"weight": weight}
 
             client_key = jax.random.fold_in(key, client_id)
             args = (strategy, self.loss, self.steps, download, memory)
-            trained = local_train(*args, batch, client_id, client_key, reach)
+            trained = local_train(*args, batch, client_id, share, client_key, reach)
             left = trained.upload, trained.memory, trained.loss
             return *left, tree.all_finite(left)
 
         def train_chunk(chunk):
-            (ids, samples, weight, reach, p, taking_part, memory), own = chunk
-            upload, memory, losses, finite = jax.vmap(client)(memory, ids, samples, weight, reach, own)
+            (ids, share, samples, weight, reach, p, taking_part, memory), own = chunk
+            upload, memory, losses, finite = jax.vmap(client)(memory, ids, share, samples, weight, reach, own)
             sound = taking_part & finite
             upload, losses = tree.keep_rows(sound, (upload, losses))
             reduced, rows = self.aggregator.arrive(upload, p, sound)
@@ -198,7 +199,7 @@ class Engine(NamedTuple):
             reduced, rows = train_chunk(chunk)
             return jax.tree.map(jnp.add, total, reduced), rows
 
-        everyone = (plan.ids, plan.samples, plan.weight, plan.steps, weights, mask, memory)
+        everyone = (plan.ids, shares, plan.samples, plan.weight, plan.steps, weights, mask, memory)
         chunks = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]), everyone)
         chunks = placement.over_clients((chunks, train if self.streams else {}), 1)
         first = jax.tree.map(lambda x: x[0], chunks)
@@ -260,7 +261,7 @@ class Engine(NamedTuple):
                 return {name: x[rows] for name, x in train.items()} | {"weight": plan.weight[0, 0]}
 
             args = (strategy, self.loss, self.steps, download, memory, batch, plan.ids[0, 0])
-            trained = local_train(*args, state.key)
+            trained = local_train(*args, jnp.ones(()), state.key)
             gradients.append(trained.gradients)
             stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), trained.upload.stack)
             relayed = strategy.relay(stack)

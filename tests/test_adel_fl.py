@@ -97,7 +97,7 @@ def test_the_sum_over_clients_is_right_on_average():
         late = adel_fl(base._replace(finish=finish), deadline=DEADLINE, speeds=SPEEDS, min_chance=1e-3)
 
         def one(key, c=c, late=late):
-            ops = Ops(jnp.int32(c), key, None, None, K)
+            ops = Ops(jnp.int32(c), jnp.ones(()), key, None, None, K)
             memory = jax.tree.map(jnp.zeros_like, {"row": rows[0]})
             return late.finish(download, local, memory, ops)
 
@@ -131,6 +131,13 @@ def test_the_sum_over_clients_is_right_on_average():
         assert estimates.std(0).max() > 0.1
         error = np.abs(estimates.mean(0) - want) / (estimates.std(0) / np.sqrt(draws))
         assert error.max() < 5, path
+
+
+def test_moments_that_clients_keep_are_refused():
+    """Their counts would go on where a layer's moments do not."""
+    machine, _, state = setup("adel_fl", base="fedavg", moments="keep")
+    with pytest.raises(ValueError, match="kept moments count steps that late layers did not take"):
+        machine.wire(state, plan(range(1)))
 
 
 @pytest.mark.parametrize("base", ["flora", "flexlora", "fedex_lora", "fedgalore"])

@@ -17,7 +17,9 @@ from by_hand import (
     start,
     unpack,
 )
-from problem import K, N, setup
+from problem import SIZES, K, N, plan, setup
+
+from fedgalore_jax.corrections import zero_mean
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -68,6 +70,19 @@ def test_fedzmg_centres_the_gradient(mean):
     assert_round("fedzmg", 1, federate(theta, 0, train), mean=mean)
 
 
+def test_the_mean_of_a_whole_tensor_is_over_all_of_it():
+    """An embedding's too, whose rows are no layers."""
+    grads = {
+        "embeddings/words": np.arange(6.0).reshape(2, 3),
+        "layers/kernel": np.arange(8.0).reshape(2, 2, 2),
+    }
+    got, _ = zero_mean("per_tensor").update(grads, (), None)
+    np.testing.assert_allclose(got["embeddings/words"], grads["embeddings/words"] - 2.5)
+    np.testing.assert_allclose(got["layers/kernel"].mean((1, 2)), 0)
+    unit, _ = zero_mean("per_unit").update(grads, (), None)
+    np.testing.assert_array_equal(unit["embeddings/words"], grads["embeddings/words"])
+
+
 def trained_by_sgd(theta, batches):
     w = theta
     for batch in batches:
@@ -108,8 +123,8 @@ def test_scaffold_with_plain_sgd_is_option_two():
             for batch in batches:
                 w = w - LR * (gradient(w, batch) - own[i] + c)
             new = own[i] - c + (theta - w) / (K * LR)
-            mean, moved, own[i] = mean + p * w, moved + new - own[i], new
-        theta, c = mean, c + moved / N
+            mean, moved, own[i] = mean + p * w, moved + p * (new - own[i]), new
+        theta, c = mean, c + moved
     state = assert_round("scaffold", 3, theta, clip=0.0, weight_decay=0.0)
     np.testing.assert_allclose(flat(state.server.extra), c, atol=1e-10)
     got = {path: rows[2] for path, rows in state.clients.items()}
@@ -127,8 +142,8 @@ def test_scaffold_with_adamw_keeps_raw_gradients():
             for batch in batches:
                 g = gradient(w, batch)
                 raw, w = raw + g / K, adamw(w, adam(g - own[i] + c))
-            mean, moved, own[i] = mean + p * w, moved + raw - own[i], raw
-        theta, c = mean, c + moved / N
+            mean, moved, own[i] = mean + p * w, moved + p * (raw - own[i]), raw
+        theta, c = mean, c + moved
     state = assert_round("scaffold", 2, theta, client="adamw")
     np.testing.assert_allclose(flat(state.server.extra), c, atol=1e-10)
     displacement = (first() - theta) / (2 * K * LR)
@@ -146,8 +161,8 @@ def test_feddyn_in_the_papers_signs():
             for batch in batches:
                 w = sgd(w, gradient(w, batch) - own[i] + lam * (w - theta))
             own[i] = own[i] - lam * (w - theta)
-            mean, total = mean + p * w, total + (w - theta)
-        h = h - lam * total / N
+            mean, total = mean + p * w, total + p * (w - theta)
+        h = h - lam * total
         theta = mean - h / lam
     assert_round("feddyn", 3, theta, lam=lam)
 
@@ -166,11 +181,25 @@ def test_fedsmoo_perturbs_towards_a_consensus():
                 duals[i] = duals[i] + e - s
                 w = sgd(w, gradient(w + e, batch) + lam * (w - theta + own[i]))
             own[i] = own[i] + w - theta
-            mean, h = mean + p * w, h + (w - theta) / N
+            mean, h = mean + p * w, h + p * (w - theta)
         theta = mean + h
-        s = rho * np.mean(duals, 0) / np.linalg.norm(np.mean(duals, 0))
+        s = sum(p * dual for (p, _), dual in zip(client_batches(t), duals, strict=True))
+        s = rho * s / np.linalg.norm(s)
     state = assert_round("fedsmoo", 3, theta, lam=lam, rho=rho)
     np.testing.assert_allclose(flat(state.server.extra["consensus"]), s, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["scaffold", "feddyn", "fedsmoo", "ssf"])
+def test_what_corrects_clients_is_the_mean_of_their_memories(method):
+    """By sample counts, whoever took part: these methods' optimum is then that of the others."""
+    machine, rounds, state = setup(method, dtype=np.float64, chunk=2)
+    state, _ = rounds(state, machine.train, plan(range(4), cohort=2), 4)
+    extra, memory = state.server.extra, state.clients
+    ours = {"scaffold": extra, "ssf": extra.get("variate")}.get(method, extra.get("h"))
+    for path, rows in memory.get("h", memory).items():
+        mean = np.tensordot(np.array(SIZES) / sum(SIZES), rows, 1)
+        assert np.abs(mean).max() > 1e-3
+        np.testing.assert_allclose(ours[path], mean, atol=1e-12)
 
 
 def test_fedlada_mixes_in_the_last_change():
@@ -266,6 +295,16 @@ def test_fedavg_keeps_moments_with_each_client():
         ("fedopt", {"server": "sgd"}, "server='sgd'"),
         ("fedopt", {"tau": 0.0}, "tau=0.0"),
         ("fedopt", {"beta2": 1.0}, "beta2=1.0"),
+        (
+            "fedopt",
+            {"server": "avgm", "tau": 1e-2},
+            "tau=0.01 is not usable: give a server among adam, yogi, ad",
+        ),
+        (
+            "fedopt",
+            {"server": "adagrad", "beta2": 0.9},
+            "beta2=0.9 is not usable: give a server among adam, yogi",
+        ),
         ("feddyn", {"lam": 0.0}, "lam=0.0"),
         ("fedsmoo", {"rho": 0.0}, "rho=0.0"),
         ("fedlada", {"gamma": 1.0}, "gamma=1.0"),

@@ -57,7 +57,7 @@ def test_flora_merges_the_stack_of_different_ranks():
 
         def train(c, batches, download=download, base=base, bias=bias, t=t):
             key = jax.random.fold_in(jax.random.fold_in(state.key, t), c)
-            ops = Ops(jnp.int32(c), jax.random.fold_in(key, 1), None, None, K)
+            ops = Ops(jnp.int32(c), jnp.ones(()), jax.random.fold_in(key, 1), None, None, K)
             drawn = strategy.start(download, (), ops).trainable["layers/kernel"]
             rank = ranks[c % 2]
             assert not np.asarray(drawn.a)[..., rank:].any() and np.asarray(drawn.a)[..., :rank].all()
@@ -172,7 +172,8 @@ def test_masked_ranks_neither_learn_nor_decay():
             "weight": jnp.ones(rows.shape[-1])
         }
 
-    out = local_train(strategy, machine.loss, 3, download, (), batch, jnp.int32(1), jax.random.key(0))
+    mine = jnp.int32(1), jnp.ones(()), jax.random.key(0)
+    out = local_train(strategy, machine.loss, 3, download, (), batch, *mine)
     sent = out.upload.stack["layers/kernel"]
     assert DECAY and LR and not sent.a[..., 1:].any() and not sent.b[..., 1:, :].any()
     assert np.abs(sent.a[..., :1] - 1).max() > 1e-2

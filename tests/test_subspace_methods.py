@@ -85,11 +85,11 @@ def test_ssf_is_scaffold_in_the_subspace_and_backfills():
                 b = b - LR * (db - c_ib + c_b)
             new, new_b = back @ c_i - back @ c - z / (K * LR), c_ib - c_b - (b - bias) / (K * LR)
             filled = c_i - basis @ back @ c_i + basis @ new
-            moved, moved_b = moved + filled - c_i, moved_b + new_b - c_ib
+            moved, moved_b = moved + p * (filled - c_i), moved_b + p * (new_b - c_ib)
             own[i] = filled, new_b
             rows.append((p, z, b))
         w, bias = w + basis @ sum(p * z for p, z, _ in rows), sum(p * b for p, _, b in rows)
-        c, c_b = c + moved / N, c_b + moved_b / N
+        c, c_b = c + moved, c_b + moved_b
     got = run("ssf", 3, **options)
     assert_model(got, w, bias)
     np.testing.assert_allclose(got[2].server.extra["variate"]["layers/kernel"], c, atol=1e-9)

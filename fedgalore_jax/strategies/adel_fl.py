@@ -1,7 +1,7 @@
 """ADEL-FL's stragglers, around any method: a client sends the layers that it has finished by a deadline.
 
-2505.23973 [V2]: backward passes run from the last layer to the first, so that a client out of time has
-finished the last ones only; compute times are exponential, and the server's layer-wise mean is unbiased. In
+2505.23973 [V2]: compute times are exponential, and the server's layer-wise mean is unbiased. Backward passes
+run from the last layer to the first, so that a client out of time has finished the last ones only [M]. In
 the rule that it builds on (SALF [M]) the mean over those that finished a layer is divided by the chance that
 anyone did, which is unbiased where clients have one speed and one weight. Here they have not, and each
 client's change of a layer is divided by that client's own chance to finish it [I]: unbiased for what the
@@ -22,6 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fedgalore_jax.optimizer import WarmAdamState
 from fedgalore_jax.strategies.base import Strategy, require
 from fedgalore_jax.types import Array, LowRank, Tree
 
@@ -48,7 +49,8 @@ def adel_fl(
       A `Strategy` whose metrics have `finished`, the share of layers.
 
     Raises:
-      ValueError: when a round is traced, for a base with stacked uploads or a model without stacked layers.
+      ValueError: when a round is traced, for a base with stacked uploads or kept moments, or a model without
+        stacked layers.
     """
     require("deadline", deadline, 0 < deadline < math.inf, "a positive, finite number")
     require("speeds", speeds, bool(speeds) and all(0 < s < math.inf for s in speeds), "positive numbers")
@@ -66,6 +68,10 @@ def adel_fl(
         upload, memory = base.finish(download, local, client_state, ops)
         if jax.tree.leaves(upload.stack):
             raise ValueError("the base of adel_fl sends uploads that are stacked: choose another base")
+        if any(map(_is_adam, jax.tree.leaves(memory, is_leaf=_is_adam))):
+            raise ValueError(
+                "adel_fl: kept moments count steps that late layers did not take: give moments=reset"
+            )
         done, chance = drawn(_depth(download.trainable | download.frozen), ops.id, ops.key)
         share = done / jnp.maximum(chance, min_chance)
         mean = {
@@ -90,6 +96,10 @@ def adel_fl(
         wire_up=lambda upload: base.wire_up(without(upload)),
         comparable=False,
     )
+
+
+def _is_adam(leaf: Tree) -> bool:
+    return isinstance(leaf, WarmAdamState)
 
 
 def _chance(count: int, mean: float) -> float:

@@ -84,7 +84,8 @@ class Upload(NamedTuple):
     Attributes:
       mean: reduced to its p_i-weighted mean as chunks of clients finish: there are never C copies, and the
         lane works under secure aggregation.
-      sum: summed without weights over participants.
+      sum: summed without weights over participants. What is to be a mean over all N clients, such as one of
+        their memories, each client multiplies with `Ops.share` beforehand.
       stack: kept as one row `[C, ...]` per client, for what must be seen jointly. A strategy that needs it
         does not work under secure aggregation.
     """
@@ -115,6 +116,7 @@ class Ops(NamedTuple):
 
     Attributes:
       id: int32 scalar, which client this is.
+      share: float scalar, its samples as a share of all N clients': what it weighs in a mean over everyone.
       key: PRNG key of this client in this round.
       value_and_grad: `value_and_grad(assemble, tree, j)` is the loss of the model `assemble(tree)` on the
         client's j-th batch, and its gradient with respect to `tree`.
@@ -124,6 +126,7 @@ class Ops(NamedTuple):
     """
 
     id: Array
+    share: Array
     key: Array
     value_and_grad: Callable[[Callable[[Tree], Params], Tree, int], tuple[Array, Tree]]
     train: Callable[..., Local]
@@ -196,8 +199,8 @@ class Common:
       ranks: of the clients, cycled over their ids, where a method allows them to differ; `rank` is then the
         largest. None gives every client `rank`.
       head_ratio: learning rate of `train` leaves as a multiple of `lr`; may be traced.
-      lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank` (a client's own rank, where they differ).
-        None means a scale of 2.
+      lora_alpha: LoRA's alpha; the scale is `lora_alpha / rank`; where ranks differ, of a client's own in
+        flora and flexlora, of the largest in hetlora and ilora. None means a scale of 2.
       weight_decay: decoupled, on kernels only.
       clip: global norm above which a client's gradient, as trained (projected where projected), is scaled
         down; 0 switches it off.
@@ -311,6 +314,11 @@ def change(download: Download, local: Local) -> Flat:
     Methods average changes rather than values: a round in which nobody took part then moves nothing.
     """
     return jax.tree.map(jnp.subtract, local.trainable, download.trainable)
+
+
+def scaled(tree: Tree, share: Array) -> Tree:
+    """`share * tree`, in the tree's dtypes."""
+    return jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
 
 
 def add(start: Tree, update: Tree) -> Tree:

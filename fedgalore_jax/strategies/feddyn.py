@@ -2,8 +2,8 @@
 
 Acar et al., 2111.04263, in FL-Simulator's form [V]: clients add lam (w - w_t + h_i) to the gradient, then
 h_i += w_i - w_t; the server adds the mean of h over *all* clients to the mean of the weights. (The paper's h
-is -lam times this one.) h_i of a rarely seen client is stale, and with Adam
-clients small lam is unstable [M].
+is -lam times this one.) Both means are by sample counts, as the objective is; there clients weigh alike [I].
+h_i of a rarely seen client is stale, and with Adam clients small lam is unstable [M].
 
 Ledger (m x n kernel, floats per client and round)
   trained         adapt and train leaves, in full
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from fedgalore_jax.corrections import add_extra, proximal
-from fedgalore_jax.strategies.base import Common, Strategy, add, require
+from fedgalore_jax.strategies.base import Common, Strategy, add, require, scaled
 from fedgalore_jax.strategies.fedavg import fedavg
 
 
@@ -59,15 +59,16 @@ def feddyn(
     def finish(download, local, client_state, ops):
         upload, _ = base.finish(download, local, (), ops)
         change = upload.mean["change"]
-        return upload._replace(sum={"change": change}), {"h": add(client_state["h"], change)}
+        mine = {"change": scaled(change, ops.share)}
+        return upload._replace(sum=mine), {"h": add(client_state["h"], change)}
 
     def aggregate(state, upload, cohort):
-        h = jax.tree.map(lambda h, d: h + d / cohort.num_clients, state.extra["h"], upload.sum["change"])
+        h = add(state.extra["h"], upload.sum["change"])
         step = add(upload.mean["change"], h)
         state, metrics = base.aggregate(state, upload._replace(mean={"change": step}), cohort)
         return state._replace(extra=state.extra | {"h": h}), metrics
 
-    # The weighted mean and the plain sum are of one message.
+    # The mean over the round and the one over everyone are of one message.
     return base._replace(
         init=init,
         client_init=client_init,

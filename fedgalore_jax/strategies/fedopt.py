@@ -29,8 +29,8 @@ def fedopt(
     server: str = "adam",
     server_lr: float | None = None,
     beta1: float | None = None,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
+    beta2: float | None = None,
+    tau: float | None = None,
     client: str = "sgd",
 ) -> Strategy:
     """Builds FedOpt.
@@ -40,14 +40,18 @@ def fedopt(
       server: "avgm", "adam", "yogi" or "adagrad".
       server_lr: eta_g; by default 1 for avgm and 0.01 for the others [I].
       beta1: decay of the first moment; by default 0 for adagrad and 0.9 for the others [M].
-      beta2: decay of the second moment of adam and yogi.
-      tau: adaptivity; the second moment starts at its square.
+      beta2: decay of the second moment of adam and yogi; 0.99 by default [M].
+      tau: adaptivity of all but avgm; the second moment starts at its square; 1e-3 by default [M].
       client: the clients' optimizer, "sgd" or "adamw".
 
     Returns:
       A `Strategy`; `ServerState.extra` holds both moments.
     """
     require("server", server, server in SERVERS, f"one of {', '.join(SERVERS)}")
+    for name, value, users in (("beta2", beta2, ("adam", "yogi")), ("tau", tau, SERVERS[1:])):
+        fits = value is None or server in users
+        require(name, value, fits, f"a server among {', '.join(users)}: {server} has none")
+    beta2, tau = 0.99 if beta2 is None else beta2, 1e-3 if tau is None else tau
     if server_lr is None:
         server_lr = 1.0 if server == "avgm" else 0.01
     if beta1 is None:

@@ -2,7 +2,7 @@
 
 Sun et al., 2305.11584, as the authors' FL-Simulator simplifies it [V]: each local step takes its gradient at
 w + e with e = rho d / |d|, d = g - mu_i - s, and mu_i += e - s; the server sets s to rho times the normalised
-mean of mu_i. Norms are over everything that is trained.
+mean of mu_i, by sample counts as every mean here [I]. Norms are over everything that is trained.
 
 Ledger (m x n kernel, floats per client and round)
   trained         adapt and train leaves, in full
@@ -22,7 +22,7 @@ import optax
 
 from fedgalore_jax.corrections import SamState, sam_with_dual
 from fedgalore_jax.optimizer import find_state, with_state
-from fedgalore_jax.strategies.base import Common, Strategy, require
+from fedgalore_jax.strategies.base import Common, Strategy, require, scaled
 from fedgalore_jax.strategies.feddyn import feddyn
 
 
@@ -57,7 +57,8 @@ def fedsmoo(common: Common, *, rho: float = 0.1, lam: float = 0.1, client: str =
     def finish(download, local, client_state, ops):
         upload, memory = base.finish(download, local, client_state, ops)
         dual = find_state(local.opt, SamState).dual
-        return upload._replace(sum=upload.sum | {"dual": dual}), memory | {"dual": dual}
+        mine = upload.sum | {"dual": scaled(dual, ops.share)}
+        return upload._replace(sum=mine), memory | {"dual": dual}
 
     def aggregate(state, upload, cohort):
         state, metrics = base.aggregate(state, upload, cohort)

@@ -24,8 +24,8 @@ def fedzmg(common: Common, *, mean: str = "per_unit", client: str = "sgd") -> St
 
     Args:
       common: options shared by all strategies.
-      mean: "per_unit" removes the mean over the inputs of each output unit (gradient centralisation; vectors
-        stay) [M], "per_tensor" the mean over each whole tensor [V2].
+      mean: "per_unit" removes the mean over the inputs of each output unit of a kernel (gradient
+        centralisation; vectors and embeddings stay) [M], "per_tensor" the mean over each whole tensor [V2].
       client: the clients' optimizer, "sgd" or "adamw".
 
     Returns:

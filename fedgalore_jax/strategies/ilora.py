@@ -5,7 +5,7 @@ their product; the server takes the QR of sum_i p_i B_i A_i and sends both parts
 first r_i. Not read, and ours [I]: a client holds the components beyond r_i as they were sent, so that all
 start a round from the global model and no update counts twice; the largest rank's scale serves all; the
 control variates are SCAFFOLD's, in the factors' coordinates, before Adam, and their mean is, for each
-component, over the clients that train it.
+component, over the clients that train it, each alike.
 
 Ledger (m x n kernel, floats per client and round)
   trained         the first r_i components of A and B of every adapt kernel; train leaves in full

@@ -2,7 +2,8 @@
 
 Karimireddy et al., 1910.06378. Local steps use g - c_i + c. The new c_i is the mean of the raw minibatch
 gradients of the round (as the paper's option I, on the way instead of at the start [I]); for plain SGD that
-is option II, c_i - c + (w_t - w_K) / (K eta), exactly. From the displacement of Adam it would be no gradient.
+unclipped is option II, c_i - c + (w_t - w_K) / (K eta), exactly. From the displacement of Adam it would be no
+gradient. c is the mean of all c_i by sample counts, as the objective is; the paper's clients weigh alike [I].
 
 Ledger (m x n kernel, floats per client and round)
   trained         adapt and train leaves, in full
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from fedgalore_jax.corrections import GradientSum, add_extra, sum_gradients
 from fedgalore_jax.optimizer import find_state
-from fedgalore_jax.strategies.base import Common, Strategy, add
+from fedgalore_jax.strategies.base import Common, Strategy, add, scaled
 from fedgalore_jax.strategies.fedavg import fedavg
 
 
@@ -51,12 +52,12 @@ def scaffold(common: Common, *, client: str = "sgd", server_lr: float = 1.0) -> 
     def finish(download, local, client_state, ops):
         upload, _ = base.finish(download, local, (), ops)
         variate = find_state(local.opt, GradientSum).mean()
-        return upload._replace(sum=jax.tree.map(jnp.subtract, variate, client_state)), variate
+        moved = jax.tree.map(jnp.subtract, variate, client_state)
+        return upload._replace(sum=scaled(moved, ops.share)), variate
 
     def aggregate(state, upload, cohort):
         state, metrics = base.aggregate(state, upload, cohort)
-        moved = jax.tree.map(lambda x: x / cohort.num_clients, upload.sum)
-        return state._replace(extra=add(state.extra, moved)), metrics
+        return state._replace(extra=add(state.extra, upload.sum)), metrics
 
     return base._replace(
         init=init,

@@ -3,7 +3,7 @@
 2604.25467 [V2]: a random orthonormal P_t is shared each round, local steps are corrected inside it, and
 "backfill" keeps what the control variates hold outside of it. The equations are ours [I], for each kernel on
 its input side: W = W_t + P z, a step takes P'g - P'c_i + P'c, the new coefficients are the mean raw P'g of
-the round (see `scaffold`), and c_i <- c_i - P P'c_i + P (new), c likewise by the mean change times S / N.
+the round (see `scaffold`), and c_i <- c_i - P P'c_i + P (new); c is the mean of all c_i by sample counts.
 
 Ledger (m x n kernel, floats per client and round)
   trained         Z [r, n] of every adapt kernel; train leaves in full
@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from fedgalore_jax import tree
 from fedgalore_jax.corrections import GradientSum, add_extra, sum_gradients
 from fedgalore_jax.optimizer import find_state
-from fedgalore_jax.strategies.base import Common, Download, Local, ServerState, Strategy, add, require
+from fedgalore_jax.strategies.base import (
+    Common,
+    Download,
+    Local,
+    ServerState,
+    Strategy,
+    add,
+    require,
+    scaled,
+)
 from fedgalore_jax.strategies.fedavg import fedavg
 from fedgalore_jax.strategies.lora import product
 from fedgalore_jax.strategies.subspaces import Subspaces
@@ -91,12 +100,12 @@ def ssf(common: Common, *, client: str = "sgd") -> Strategy:
         bases = download.extra["bases"]
         new = find_state(local.opt, GradientSum).mean()
         moved = jax.tree.map(jnp.subtract, new, down(bases, client_state))
-        return upload._replace(sum=moved), add(client_state, up(bases, moved))
+        return upload._replace(sum=scaled(moved, ops.share)), add(client_state, up(bases, moved))
 
     def aggregate(state, upload, cohort):
+        del cohort
         bases, step = bases_of(state), upload.mean["change"]
-        moved = jax.tree.map(lambda x: x / cohort.num_clients, upload.sum)
-        variate = add(state.extra["variate"], up(bases, moved))
+        variate = add(state.extra["variate"], up(bases, upload.sum))
         extra = state.extra | {"variate": variate, "step": step}
         return ServerState(add(state.trainable, up(bases, step)), state.frozen, extra, state.round + 1), {}
 
