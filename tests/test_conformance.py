@@ -63,7 +63,7 @@ CASES = {
     "fedgalore": ("fedgalore", {}),
     "fedgalore, own": ("fedgalore", {"basis": "own"}),
     "fedgalore, decay": ("fedgalore", {"weight_decay": 0.3, "clip": 0.5}),
-    "fedgalore, server mean": ("fedgalore", {"basis": "server", "sync": "mean"}),
+    "fedgalore, server mean": ("fedgalore", {"basis": "server", "sync": "mean", "refresh_rounds": 3}),
     "fedgalore, dense median": ("fedgalore", {"client_weights": "dense", "sync": "median"}),
     "fedgalore, none": ("fedgalore", {"sync": "none", "refresh_rounds": 1}),
 }
@@ -117,7 +117,7 @@ FLOATS = {
     # The factor of the frozen kernels is one float, with two moments like every trained leaf.
     "fedgalore, decay": (L * r * n + bias + MOMENTS + 3 + SEED / 4, L * r * n + bias + MOMENTS + 3),
     "fedgalore, server mean": (
-        L * r * n + bias + MOMENTS + L * m * r,
+        L * r * n + bias + MOMENTS + L * m * r / 3,
         L * r * n + bias + MOMENTS,
     ),
     "fedgalore, dense median": (

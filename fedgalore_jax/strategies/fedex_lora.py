@@ -11,6 +11,7 @@ Ledger (m x n kernel, C clients in the round, floats per client and round)
   up              r(m + n)
   kept by client  the base with all residuals
   re-initialised  both moments, every round
+The server sees every client's factors (lane `stack`): not for secure aggregation.
 """
 
 from fedgalore_jax.strategies.base import Common, Strategy

@@ -8,11 +8,11 @@ docs/design.md [I].
 Ledger (m x n kernel projected on the left, floats per client and round; nu is the second moment)
   trained         Z [r, n] of every adapt kernel, W = c W0 + P Z; train leaves in full
   frozen          P [m, r] during the round; freeze leaves
-  down            rn (mean Z) + rn per synchronised moment + a seed; basis=server: + mr;
+  down            rn (mean Z) + rn per synchronised moment + a seed; basis=server: + mr when it is new;
                   basis=own or client_weights=dense: mn + rn per synchronised moment
   up              rn (Z) + rn per synchronised moment; basis=own: + mr;
                   client_weights=dense: mn + rn per synchronised moment
-  kept by client  nothing (the base model; for each round that it missed, rn, and mr with basis=server)
+  kept by client  nothing (the base model; for each round missed, rn, and mr for each new basis=server)
   re-initialised  sync=none: both moments, every round; sync_first=false or basis=own: the first moment
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
@@ -270,19 +270,27 @@ def fedgalore(
         sent = {"step": step}
         if basis == "shared":
             sent["seed"] = seed
-        if basis == "server":
-            sent["basis"] = bases
         if sync != "none":
             sent["nu"] = adam.nu
             if o.sync_first:
                 sent["mu"] = adam.mu
-        return sent
+        return with_basis(sent, bases)
 
     def missed(download):
-        """What replays a round; own bases and dense weights come with the whole model anyway."""
+        """What replays a round of the kernels; the head can come as it is, in place of its change.
+
+        Own bases and dense weights come with the whole model anyway.
+        """
         if own or dense:
             return ()
-        return download.extra.step, download.extra.basis if basis == "server" else ()
+        step = {p: x for p, x in download.extra.step.items() if p == "shrink" or p in download.extra.basis}
+        return with_basis(step, download.extra.basis)
+
+    def with_basis(sent, bases):
+        """What travels in as many rounds as a basis is kept, and the server's basis once in them."""
+        return [sent] * wire_of, bases if basis == "server" else ()
+
+    wire_of = o.refresh_rounds if basis == "server" else 1
 
     return Strategy(
         init,
@@ -294,6 +302,8 @@ def fedgalore(
         export,
         tx,
         wire_down=wire_down,
+        wire_up=lambda upload: [upload] * wire_of,
         catch_up=missed,
+        wire_of=wire_of,
         comparable=not own,
     )

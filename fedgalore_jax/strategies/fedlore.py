@@ -9,7 +9,7 @@ Ledger (m x n kernel, floats per client and round)
   trained         Z [r, n] of every adapt kernel in the shared basis; train leaves in full
   frozen          the basis [m, r]; freeze leaves
   down            rn (mean Z), and a seed (basis=shared) or mr (basis=server)
-  up              rn
+  up              rn (client_weights=dense: mn, down as well)
   kept by client  nothing (the base model; for each round that it missed, rn, and mr with basis=server)
   re-initialised  the basis and both moments, every round
 """

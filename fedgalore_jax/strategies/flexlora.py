@@ -12,6 +12,7 @@ Ledger (m x n kernel, floats per client and round)
   kept by client  nothing
   re-initialised  both moments, every round (the factors are rotated)
 With different ranks, r is the client's own.
+The server sees every client's factors (lane `stack`): not for secure aggregation.
 """
 
 from fedgalore_jax.lowrank import factored_svd

@@ -12,6 +12,7 @@ Ledger (m x n kernel, C clients in the round, floats per client and round)
   kept by client  the merged base
   re-initialised  A, B and both moments, every round
 With different ranks, r is the client's own (their mean in the stack).
+The server sees every client's factors (lane `stack`): not for secure aggregation.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """GaLore with direct averaging: local subspaces, averaged weights, no synchronised state.
 
-Mahla et al., 2410.23111 [V2]: clients train with GaLore, each in the leading singular subspace of its own
-first gradients, and the server averages full weights; ranks and refreshes were not read. It is FedGaLore
-with basis=own and sync=none.
+Mahla et al., 2410.23111 [V2]: clients train with GaLore, and the server averages full weights. Ranks and
+refreshes were not read; here each client's subspace is that of its own first gradients in a round [I]. It is
+FedGaLore with basis=own and sync=none.
 
 Ledger (m x n kernel, floats per client and round)
   trained         Z [r, n] of every adapt kernel in the client's own basis; train leaves in full

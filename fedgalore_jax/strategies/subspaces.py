@@ -122,8 +122,8 @@ def in_given_bases(
 def transported(moment: Array, old: Any, new: Any, how: str) -> Array:
     """A second moment `[..., r, n]` carried from one orthonormal basis `[..., m, r]` to another.
 
-    Squared overlaps of unrelated bases keep only about r/m of the mass, and Adam's steps would blow up:
-    hence the normalisation by row [I] (the unnormalised rule is LDAdam's [V]).
+    LDAdam applies squared overlaps, to the centred second moment [V]. Those of unrelated bases keep about r/m
+    of the mass, and Adam's steps would blow up: hence the normalisation by row, of the moment itself [I].
 
     Args:
       moment: non-negative, rows belong to the columns of `old`.
