@@ -91,7 +91,10 @@ class Subspaces(NamedTuple):
         return self.left(_matmul(jnp.swapaxes(basis, -1, -2), self.left(gradient)))
 
     def rotated(self, moment: Array, old: Array, new: Array) -> Array:
-        """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap."""
+        """A first moment carried from one basis to another: `P_newᵀ P_old M`, exact where they overlap.
+
+        Of unrelated bases √(r / m) of its norm is left, and steps are smaller until it has grown again.
+        """
         overlap = _matmul(jnp.swapaxes(new, -1, -2), old)
         return self.left(_matmul(overlap, self.left(moment)))
 
