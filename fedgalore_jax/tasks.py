@@ -187,7 +187,7 @@ _DIGITS_LR = {
     "fedprox": 1e-3,
     "fedsa_lora": 3e-3,
     "fedslop": 0.3,
-    "fedsmoo": 0.3,
+    "fedsmoo": 0.1,
     "fedzmg": 0.1,
     "ffa_lora": 1e-2,
     "flexlora": 3e-3,
@@ -199,7 +199,7 @@ _DIGITS_LR = {
     "lora_a2": 3e-3,
     "lora_fair": 3e-3,
     "rolora": 1e-2,
-    "scaffold": 0.1,
+    "scaffold": 3e-2,
     "ssf": 0.3,
 }
 _TASKS = {
@@ -210,7 +210,10 @@ _TASKS = {
     "domainnet": _image(images.domainnet),
     "images": _image(images.load),
     "trec": _text(_own(corpora.trec), lr={"fedgalore": 8e-3}),
-    "trec_fine": _text(_own(functools.partial(corpora.trec, fine=True))),
+    "trec_fine": _text(
+        _own(functools.partial(corpora.trec, fine=True)),
+        lr={"fedavg": 3e-4, "fedgalore": 8e-3, "fedit": 3e-3},
+    ),
     "20newsgroups": _text(_own(corpora.newsgroups)),
     "sentiment": _text(_own(corpora.sentiment)),
     "text": _text(text.load),
