@@ -57,6 +57,8 @@ def main() -> None:
     ready: list[Trials] = []  # all of them are sound before the first begins
     for config in configs:
         config = dataclasses.replace(config, rounds=rounds, eval_every=rounds)
+        for seed in seeds:
+            dataclasses.replace(config, seed=seed)
         ready.append(trials(config, beside=ready[0].shared if ready else None))
     head = f"{'method':<12}{'lr':>8}{'validation':>12}{'lowest seed':>13}"
     table, found = [head], {}

@@ -31,17 +31,17 @@ def mistyped(value: object, hint: Any) -> str | None:
     """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     accepted: Any = tuple(get_origin(kind) or kind for kind in kinds)
-    of = {get_origin(kind): get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple}
+    of = [get_args(kind)[0] for kind in kinds if get_args(kind)[1:] == (...,)]
     fits = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
     if isinstance(value, tuple) and of:
-        fits = not any(mistyped(item, of[tuple]) for item in value)
+        fits = not any(mistyped(item, of[0]) for item in value)
     if fits and (bool in accepted or not isinstance(value, bool)):
         return None
 
     def name(kind: Any) -> str:
         if kind is type(None):
             return "None"
-        return f"a tuple of {name(get_args(kind)[0])}" if get_origin(kind) is tuple else kind.__name__
+        return f"a tuple of {name(get_args(kind)[0])}" if get_args(kind)[1:] == (...,) else kind.__name__
 
     return " or ".join(map(name, kinds))
 
@@ -109,7 +109,7 @@ class Config:
         after the last round too. With 0 there is none, but where the run is told to end (SIGTERM).
       keep_checkpoints: the newest that are kept; with two, a damaged one has one before it.
       resume: go on with the run in `out_dir`; a new one starts there if there is none.
-      override: resume although fields differ from those that the run in `out_dir` began with.
+      override: resume although fields, or the data, differ from those that the run in `out_dir` began with.
     """
 
     task: str = "digits"

@@ -81,10 +81,12 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
             " a whole run; give the old values, or start in a new folder"
         )
     if differing and not config.override:
-        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
+        said = [f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items()]
+        if DATA in differing:
+            said[-1] = "the data are not those it began with"
         raise ValueError(
-            f"out_dir={config.out_dir!r} cannot go on: {listed}; give the old values, or --override to go on"
-            " with the new ones"
+            f"out_dir={config.out_dir!r} cannot go on: {', '.join(said)}; give the old values, or --override"
+            " to go on with the new ones"
         )
     return differing
 

@@ -305,9 +305,13 @@ def test_other_data_under_the_same_name_are_refused(prepared, copy):
     labels = dataset.validation.labels.copy()
     labels[7] = (labels[7] + 1) % 10
     other = dataset._replace(validation=dataset.validation._replace(labels=labels))
-    with pytest.raises(ValueError, match=r"cannot go on: data_digest was '[0-9a-f]{16}' and is '"):
+    with pytest.raises(ValueError, match="cannot go on: the data are not those it began with; give the old"):
         prepare.prepare(on, dataset=other)
     prepare.prepare(dataclasses.replace(on, override=True), dataset=other)
+    with pytest.raises(ValueError, match="holds no config"):
+        (copy / "other").mkdir()
+        folder.write_json(copy / "other" / "config.json", None)
+        journal.changes(dataclasses.replace(on, out_dir=str(copy / "other")))
     config = folder.read_json(copy / "config.json")
     del config["data_digest"]  # as older runs are
     folder.write_json(copy / "config.json", config)
@@ -384,6 +388,13 @@ def test_a_comparison_goes_on_where_it_was(flags, tmp_path, capsys, monkeypatch)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ": told to end, before fedavg; go on with the same command and --resume" in error
     monkeypatch.undo()
+    done = tmp_path / "out" / "scaffold" / "config.json"
+    before = done.read_bytes()
+    folder.write_json(done, json.loads(before) | {"data_digest": "other"})
+    with pytest.raises(SystemExit):
+        launch(*args, "--resume")
+    assert "scaffold' cannot go on: the data are not those it began with" in capsys.readouterr().err
+    done.write_bytes(before)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "scaffold").rglob("*")}
     launch(*args, "--resume")
     assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "scaffold").rglob("*")}

@@ -19,6 +19,7 @@ from by_hand import (
 )
 from problem import SIZES, K, N, plan, setup
 
+from fedgalore_jax import aggregators
 from fedgalore_jax.corrections import zero_mean
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -200,6 +201,20 @@ def test_what_corrects_clients_is_the_mean_of_their_memories(method):
         mean = np.tensordot(np.array(SIZES) / sum(SIZES), rows, 1)
         assert np.abs(mean).max() > 1e-3
         np.testing.assert_allclose(ours[path], mean, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "norm_clip"])
+def test_clients_of_any_size_count_alike_where_entries_are_compared(name):
+    """The same samples five times over: c is everyone's c_i, however large each is."""
+    machine, _, state = setup("scaffold", dtype=np.float64, clip=0.0)
+    alike = plan(range(3))
+    first = np.broadcast_to(alike.samples[:, :1], alike.samples.shape)
+    weight = np.ones_like(alike.weight)
+    alike = alike._replace(samples=first, weight=weight, counts=np.tile([20, 4, 4, 4, 4], (3, 1)))
+    machine = machine._replace(aggregator=aggregators.build(name))
+    after, _ = machine.rounds()(state, machine.train, alike, 3)
+    for path, rows in after.clients.items():
+        np.testing.assert_allclose(after.server.extra[path], rows[0], atol=1e-12)
 
 
 def test_fedlada_mixes_in_the_last_change():

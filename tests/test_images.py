@@ -200,5 +200,6 @@ def test_photographs_stand_upright_and_deep_ones_keep_their_shades(tmp_path):
     held[0x0112] = 6  # turned by a quarter
     Image.fromarray(np.rot90(shades)).save(tmp_path / "turned.png", exif=held)
     Image.fromarray(shades.astype(np.uint16) << 8).save(tmp_path / "deep.png")
-    for name in ("turned.png", "deep.png"):
+    Image.fromarray(shades).save(tmp_path / "damaged.png", exif=b"Exif\0\0no notes")
+    for name in ("turned.png", "deep.png", "damaged.png"):
         np.testing.assert_array_equal(images.reader(8, 1)(tmp_path / name)[..., 0], shades)

@@ -171,10 +171,18 @@ def test_bad_files(name, content, message, model, tmp_path):
 
 
 def test_two_files_of_one_split_are_refused(model, tmp_path):
-    for name in ("train.csv", "train.json"):
-        (tmp_path / name).write_text("text,label\na,1\nb,2\n")
-    with pytest.raises(ValueError, match=r"has train.csv and train.json: both are 'train', keep one"):
-        TEXT.load(Source(model, str(tmp_path)))
+    shard = "train-00000-of-00002"
+    for first, second in (
+        ("train.csv", "train.json"),
+        (f"{shard}.csv", "train.csv"),
+        (f"{shard}.csv", f"{shard}.tsv"),
+    ):
+        for name in (first, second):
+            (tmp_path / name).write_text("text,label\na,1\nb,2\n")
+        with pytest.raises(ValueError, match=rf"has {first} and {second}: both are 'train', keep one"):
+            TEXT.load(Source(model, str(tmp_path)))
+        for name in (first, second):
+            (tmp_path / name).unlink()
 
 
 def test_white_space_around_commas_and_labels_is_nothing(model, tmp_path):

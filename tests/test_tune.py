@@ -76,12 +76,14 @@ def test_the_preset_compares_each_method_at_its_rate(tmp_path, monkeypatch, caps
     def validate(prepared):
         config = prepared.config
         seen.append((config.method, config.lr, config.seed, config.rounds))
+        if config.method == "fedit":
+            assert "--opt=fedavg.lr=0.03" in preset.read_text()  # fedavg's is kept already
         if config.method == "fedit" and config.lr > 5e-3:
             raise FloatingPointError
         return {"accuracy": (config.lr if config.lr < 0.05 else 0) + config.seed / 100}
 
-    monkeypatch.setattr(train, "validate", validate)
     preset = tmp_path / "found.cfg"
+    monkeypatch.setattr(train, "validate", validate)
     args = ("--method=fedavg,fedit", "--opt=fedavg.server_lr=0.5", "--search_rounds=1", "--remat")
     search(*args, f"--preset={preset}", "--rates=1e-2,3e-3,1e-3", monkeypatch=monkeypatch)
     printed, text = capsys.readouterr().out, preset.read_text()
@@ -110,6 +112,7 @@ def test_the_preset_compares_each_method_at_its_rate(tmp_path, monkeypatch, caps
         ("--rates=1e-3,nan", "rates='1e-3,nan' are no grid"),
         ("--seeds=", "seeds='' are none"),
         ("--search_rounds=0", "rounds=0 is not usable"),
+        ("--seeds=0,-1", "seed=-1 is not usable"),
         ("--method=fedavg,fedgalore --rank=64", "rank=64"),
         ("--lr=1", "lr is set by the search"),
         ("--plan", "Unknown command line flag 'plan'"),

@@ -259,7 +259,10 @@ def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
     def read(file: pathlib.Path | bytes) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                upright = ImageOps.exif_transpose(image)  # as the camera was held
+                try:
+                    upright = ImageOps.exif_transpose(image)  # as the camera was held
+                except Exception:  # damaged notes on a picture are none, whatever Pillow stumbles over
+                    upright = image
                 if upright.mode.startswith("I"):  # 16 bits of gray, which `convert` would clip at 255
                     upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
                 mode = {1: "L", 3: "RGB"}[channels]

@@ -130,9 +130,10 @@ def splits(data: str) -> dict[str, Table]:
         files.setdefault(_NAMES.get(stem, stem), []).append(file)
     found: dict[str, Table] = {}
     for name, parts in files.items():
-        if len(parts) > 1 and (whole := [file.name for file in parts if not re.search(_SHARD, file.stem)]):
-            other = next(file.name for file in parts if file.name != whole[0])
-            raise ValueError(f"data={data!r} has {whole[0]} and {other}: both are {name!r}, keep one")
+        stems = [file.stem for file in parts]
+        if len(set(stems)) < len(stems) or len({re.sub(r"-\d+-of-", "-of-", stem) for stem in stems}) > 1:
+            names = " and ".join(file.name for file in parts[:2])
+            raise ValueError(f"data={data!r} has {names}: both are {name!r}, keep one")
         read_parts = [read(file) for file in parts]
         if any(part.keys() != read_parts[0].keys() for part in read_parts):
             raise ValueError(f"data={data!r}: the files of {name!r} have different columns")

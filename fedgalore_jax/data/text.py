@@ -140,7 +140,7 @@ def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_ind
     if not names:
         return np.array([float(value) for value in values], np.float32)
     index = {str(i): i for i in range(len(names))} if by_index else {}
-    index |= {name: i for i, name in enumerate(names)}
+    index |= {name.strip(): i for i, name in enumerate(names)}
     strings = [str(value).strip() for value in values]
     if unknown := sorted(set(strings) - set(index)):
         raise ValueError(

@@ -117,6 +117,7 @@ class Ops(NamedTuple):
     Attributes:
       id: int32 scalar, which client this is.
       share: float scalar, its samples as a share of all N clients': what it weighs in a mean over everyone.
+        With a robust aggregator 1 / N.
       key: PRNG key of this client in this round.
       value_and_grad: `value_and_grad(assemble, tree, j)` is the loss of the model `assemble(tree)` on the
         client's j-th batch, and its gradient with respect to `tree`.

@@ -12,7 +12,7 @@ Ledger (m x n kernel projected on the left, floats per client and round; nu is t
                   basis=own or client_weights=dense: mn + rn per synchronised moment
   up              rn (Z) + rn per synchronised moment; basis=own: + mr;
                   client_weights=dense: mn + rn per synchronised moment
-  kept by client  nothing (the base model; for each round missed, rn, and mr for each new basis=server)
+  kept by client  nothing (the base model; for each round missed, rn; basis=server: mr for each new basis)
   re-initialised  sync=none: both moments, every round; sync_first=false or basis=own: the first moment
 Median and AJIVE need every client's nu (lane `stack`): not for secure aggregation.
 """
@@ -290,7 +290,8 @@ def fedgalore(
         """What travels in as many rounds as a basis is kept, and the server's basis once in them."""
         return [sent] * wire_of, bases if basis == "server" else ()
 
-    wire_of = o.refresh_rounds if basis == "server" else 1
+    # A basis that is kept for a hundred rounds or more is next to nothing in each.
+    wire_of = min(o.refresh_rounds, 100) if basis == "server" else 1
 
     return Strategy(
         init,

@@ -28,7 +28,7 @@ from fedgalore_jax.strategies.lora import factors_of, product, stacked
 from fedgalore_jax.types import LoRA
 
 SOLVERS = ("cosine", "ls")
-_STEPS, _RATE, _EPS = 200, 0.1, 1e-12
+_STEPS, _RATE, _EPS = 200, 0.1, 1e-30
 
 
 def lora_fair(
