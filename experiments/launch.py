@@ -215,7 +215,7 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
     for config, done in zip(runs, found, strict=True):
         beside = next(filter(None, ready), None)
         ready.append(None if done else prepare.prepare(config, beside=beside))
-    if (other := next(filter(None, ready), None)) and hosts.first():
+    if other := next(filter(None, ready), None):
         for i, config in enumerate(runs):
             if found[i] and journal.changes(config, other.data):  # one comparison is of one data set
                 found[i], ready[i] = None, prepare.prepare(config, beside=other)
