@@ -46,6 +46,15 @@ class Aggregator(NamedTuple):
         """The clients' weights `[C]`: by their sample counts (0 for who is absent), or 1 / C each."""
         return (counts > 0) / size if self.private else counts / jnp.maximum(counts.sum(), 1)
 
+    def shares(self, counts: Array, samples: int, num_clients: int) -> Array:
+        """What each client `[C]` weighs in a mean over all N: by its sample counts, of all samples.
+
+        Where entries are compared, 1 / N each: weights inside of them would be compared as well.
+        """
+        if self.reduce is not None:
+            return (counts > 0).astype(float) / num_clients
+        return counts.astype(float) / samples
+
     def arrive(self, rows: Upload, weights: Array, present: Array) -> tuple[Tree, Upload]:
         """What a chunk of clients adds to the total, and which of their rows are kept."""
         if self.reduce is not None:

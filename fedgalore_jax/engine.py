@@ -174,9 +174,8 @@ class Engine(NamedTuple):
         counts, size = jnp.asarray(plan.counts), (plan.ids < self.num_clients).sum()
         mask = counts > 0
         weights = self.aggregator.weights(counts, size)
-        shares = counts.astype(float) / next(iter(self.train.values())).shape[0]
-        if self.aggregator.reduce is not None:  # what is compared entry by entry has no weights inside
-            shares = mask.astype(float) / self.num_clients
+        whole = next(iter(self.train.values())).shape[0]
+        shares = self.aggregator.shares(counts, whole, self.num_clients)
         memory = jax.tree.map(lambda x: x.take(plan.slots, 0, mode="clip"), state.clients)
 
         def client(memory, client_id, share, samples, weight, reach, own):
