@@ -102,8 +102,9 @@ def cifar(name: str, source: Source) -> Dataset:
         return load(source)
     items = []
     for split, table in found.items():
-        labels = tables.columns(table, [column], split)[0]
-        for i, (image, label) in enumerate(zip(table.get("img", [None] * len(labels)), labels, strict=True)):
+        (images,) = tables.columns(table, ["img"], split, nested=True)
+        (labels,) = tables.columns(table, [column], split)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             name = f"image {i + 1} of {split}"
             if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
                 raise ValueError(f"data={source.data!r}, {name}: column img must hold {{bytes, path}}")

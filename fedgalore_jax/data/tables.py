@@ -175,14 +175,17 @@ def hub(name: str, config: str | None = None, *, raw_images: str | None = None) 
     return {split: {k: list(part[k]) for k in part.column_names} for split, part in loaded.items()}
 
 
-def columns(table: Table, names: Iterable[str], where: str, *, blank: bool = False) -> list[list[Any]]:
-    """Columns of texts and numbers by name.
+def columns(
+    table: Table, names: Iterable[str], where: str, *, blank: bool = False, nested: bool = False
+) -> list[list[Any]]:
+    """Columns by name.
 
     Args:
       table: has them.
       names: of the columns.
       where: what a message calls the table.
       blank: whether texts of nothing but white space may stand.
+      nested: whether a cell may hold several values, in place of one text or number.
 
     Raises:
       ValueError: a missing column (the message lists those there are), a cell that is empty or holds several
@@ -201,7 +204,7 @@ def columns(table: Table, names: Iterable[str], where: str, *, blank: bool = Fal
         for i, value in enumerate(table[name], 1):
             if empty(value):
                 raise ValueError(f"column {name!r} of {where} is empty in sample {i}: fill it, or drop it")
-            if isinstance(value, list | dict):
+            if not nested and isinstance(value, list | dict):
                 kind = f"a {type(value).__name__}"
                 raise ValueError(
                     f"column {name!r} of {where} holds {kind} in sample {i}: give one text or number a cell"
