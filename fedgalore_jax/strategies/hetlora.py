@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from fedgalore_jax.corrections import penalty
 from fedgalore_jax.strategies.base import Common, Local, Strategy, Upload, require
 from fedgalore_jax.strategies.fedit import fedit
-from fedgalore_jax.strategies.lora import at_rank, by_rank, factors_of, product, wire_of
+from fedgalore_jax.strategies.lora import at_rank, by_rank, factors_of, squared_norm, wire_of
 from fedgalore_jax.types import LoRA
 
 _EPS = 1e-12  # under the roots: the gradient of a norm at 0 is NaN without
@@ -101,8 +101,7 @@ def hetlora(
         factors, head = factors_of(at_rank(local.trainable, rank))
         total = {}
         for path, (a, b) in factors.items():
-            squared = (product(a.mT, a) * product(b, b.mT)).sum((-2, -1))  # |ab|^2 = tr(a'a bb')
-            norm = jnp.sqrt(jnp.maximum(squared, 0))
+            norm = jnp.sqrt(squared_norm(a, b))
             wide = norm[..., None, None]
             total[path] = {"factors": LoRA(wide * a, wide * b), "norm": norm}
         change = {path: leaf - download.trainable[path] for path, leaf in head.items()}

@@ -37,6 +37,7 @@ from fedgalore_jax.strategies.lora import (
     by_rank,
     factors_of,
     product,
+    squared_norm,
     stacked,
     wire_of,
 )
@@ -117,7 +118,7 @@ def ilora(common: Common, *, variates: bool = True, client: str = "adamw") -> St
         for path, rows in upload.stack.items():
             a, b = stacked(rows, cohort.weights)
             new = leading(product(a[..., : common.rank, :], b), lambda q, a=a, b=b: product(a, product(b, q)))
-            total = total + (product(a.mT, a) * product(b, b.mT)).sum()  # |ab|^2 = tr(a'a bb')
+            total = total + squared_norm(a, b).sum()
             kept = kept + jnp.square(new.a).sum()
             trainable[path] = jax.tree.map(
                 lambda x, old: jnp.where(present, x, old).astype(old.dtype), new, trainable[path]

@@ -108,6 +108,12 @@ def stacked(rows: LoRA, weights: Array) -> LowRank:
     return LowRank(a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:-3], -1, b.shape[-1]))
 
 
+def squared_norm(a: Array, b: Array) -> Array:
+    """|a b|^2 `[...]` of products `[..., m, r] @ [..., r, n]`, tr(a'a bb'): nothing of size mn is formed."""
+    squared = (product(a.mT, a) * product(b, b.mT)).sum((-2, -1))
+    return jnp.maximum(squared, 0)  # rounding may leave it below
+
+
 def beside(*pairs: tuple[Array, Array]) -> LowRank:
     """The sum of products `a @ b` as one pair of wide factors."""
     return LowRank(jnp.concatenate([a for a, _ in pairs], -1), jnp.concatenate([b for _, b in pairs], -2))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from fedgalore_jax.lowrank import ridge
 from fedgalore_jax.strategies.base import Common, Strategy, require
 from fedgalore_jax.strategies.fedit import fedit
-from fedgalore_jax.strategies.lora import factors_of, product, stacked
+from fedgalore_jax.strategies.lora import factors_of, product, squared_norm, stacked
 from fedgalore_jax.types import LoRA
 
 SOLVERS = ("cosine", "ls")
@@ -54,17 +54,13 @@ def lora_fair(
         target = product(product(mean.a.mT, wide.a), wide.b)  # a' T, [..., r, n]
         if solver == "ls":
             return mean.b + ridge(gram, target - product(gram, mean.b), lam)
-        square = (product(wide.a.mT, wide.a) * product(wide.b, wide.b.mT)).sum((-2, -1))  # |T|^2
-
-        def squared(b):
-            return (b * product(gram, b)).sum((-2, -1))  # |a b|^2
-
-        rate = _RATE * jnp.clip(squared(mean.b), 0, 1)[..., None, None]
+        square = squared_norm(*wide)  # |T|^2
+        rate = _RATE * jnp.minimum(squared_norm(*mean), 1)[..., None, None]
 
         def objective(db):
             b = mean.b + db
-            dot, own = (target * b).sum((-2, -1)), squared(b)
-            cosine = dot / jnp.sqrt(jnp.maximum(square, 0) * jnp.maximum(own, 0) + _EPS)
+            dot, own = (target * b).sum((-2, -1)), (b * product(gram, b)).sum((-2, -1))
+            cosine = dot / jnp.sqrt(square * jnp.maximum(own, 0) + _EPS)
             return (1 - cosine).sum() + lam * jnp.square(db).sum()
 
         def step(_, db):
