@@ -95,7 +95,7 @@ def prepare(
     loaded = beside.loaded if beside else load(config, task, mesh, model=model, dataset=dataset)
     dataset, fns, params, _ = loaded
     federation = federate(config, dataset)
-    data = dataset.digest(federation.parts)
+    data = beside.data if beside else dataset.digest(federation.parts)
     if config.out_dir and hosts.first():
         changes(config, data)
     deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
