@@ -89,6 +89,12 @@ def test_cifar_from_parquet_of_its_schema(model, tmp_path):
             images.append({"bytes": file.getvalue(), "path": None})
         return pyarrow.table({"img": images, "fine_label": [i % 11 for i in range(n)]})
 
+    other = table(44).rename_columns(["image", "fine_label"])
+    parquet.write_table(other, tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(
+        ValueError, match="column 'img' is missing in train: its columns are 'image', 'fine_label'"
+    ):
+        tasks.get("cifar100").load(Source(model, str(tmp_path)))
     parquet.write_table(table(44), tmp_path / "train-00000-of-00001.parquet")
     parquet.write_table(table(11), tmp_path / "test-00000-of-00001.parquet")
     wrong = pyarrow.table({"img": ["a.png"], "fine_label": [0]})

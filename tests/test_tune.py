@@ -82,8 +82,8 @@ def test_the_preset_compares_each_method_at_its_rate(tmp_path, monkeypatch, caps
             raise FloatingPointError
         return {"accuracy": (config.lr if config.lr < 0.05 else 0) + config.seed / 100}
 
-    preset = tmp_path / "found.cfg"
     monkeypatch.setattr(train, "validate", validate)
+    preset = tmp_path / "found.cfg"
     args = ("--method=fedavg,fedit", "--opt=fedavg.server_lr=0.5", "--search_rounds=1", "--remat")
     search(*args, f"--preset={preset}", "--rates=1e-2,3e-3,1e-3", monkeypatch=monkeypatch)
     printed, text = capsys.readouterr().out, preset.read_text()
