@@ -83,6 +83,11 @@ def away(plan, client, *rounds):
     return plan._replace(ids=ids, counts=counts)
 
 
+def absent(plan, *clients):
+    """The plan where some clients are sent each round, and send nothing."""
+    return plan._replace(counts=np.where(np.isin(plan.ids, clients), 0, plan.counts))
+
+
 def train_rounds(method, count=2, *, chunk=N, cohort=N, **options):
     """Runs `count` rounds; returns the exported parameters, the state and the metrics."""
     machine, rounds, state = setup(method, chunk=chunk, **options)
