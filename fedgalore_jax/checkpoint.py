@@ -52,7 +52,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         _hush()
-        self.path, self.keep = run.absolute() / FOLDER, keep
+        self.run, self.path, self.keep = run, run.absolute() / FOLDER, keep
         self.orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self.thread, self.saving = futures.ThreadPoolExecutor(1), None
 
@@ -68,11 +68,6 @@ class Checkpoints:
         finally:
             self.thread.shutdown()
             self.orbax.close()
-
-    def rounds(self) -> list[int]:
-        """Rounds done at each checkpoint, whole or not, the newest first."""
-        found = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
 
     def save(self, rounds: int, tree: Tree) -> None:
         """Begins a checkpoint; the arrays may be given up as soon as it returns.
@@ -163,7 +158,7 @@ class Checkpoints:
         Raises:
           Misfit: it holds another tree.
         """
-        for rounds in self.rounds() if hosts.first() else ():
+        for rounds in rounds_in(self.run) if hosts.first() else ():
             if rounds <= up_to:
                 try:
                     self.check(rounds, like(rounds))
@@ -181,7 +176,7 @@ class Checkpoints:
                 return
             files = sorted(file for file in path.rglob("*") if file.is_file())
             write_json(path / DIGESTS, {str(file.relative_to(path)): _digest(file) for file in files})
-        for rounds in self.rounds()[self.keep :]:
+        for rounds in rounds_in(self.run)[self.keep :]:
             shutil.rmtree(self.path / str(rounds))
 
 
@@ -201,6 +196,13 @@ def _written(path: pathlib.Path) -> Iterator[None]:
         raise OSError(
             f"{path} could not be written ({reason}): make room, then go on with --resume"
         ) from error
+
+
+def rounds_in(run: pathlib.Path) -> list[int]:
+    """Rounds done at each checkpoint in a run's folder, whole or not, the newest first."""
+    path = run / FOLDER
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
 
 
 def abstract(tree: Tree) -> Tree:

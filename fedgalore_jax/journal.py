@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fedgalore_jax import hosts, tree
-from fedgalore_jax.checkpoint import Checkpoints, abstract
+from fedgalore_jax.checkpoint import Checkpoints, abstract, rounds_in
 from fedgalore_jax.config import Config
 from fedgalore_jax.folder import (
     CONFIG,
@@ -62,7 +62,7 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
       data: the digest of its data, where they are known.
 
     Raises:
-      ValueError: something does, and `override` is not set.
+      ValueError: something does, and `override` is not set; or rounds that are done would have to go.
     """
     out = pathlib.Path(config.out_dir or "")
     if not config.resume or is_new(out):
@@ -74,6 +74,11 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
     differing = config.changes(was)
     if data and before and data != before:  # the files that the same flags name are others
         differing[DATA] = before, data
+    if config.rounds < (done := max(rounds_in(out), default=0)):
+        raise ValueError(
+            f"rounds={config.rounds}: out_dir={config.out_dir!r} holds {done} rounds: give as many or more,"
+            " or start in a new folder"
+        )
     private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort") if name in differing]
     if private and config.override and (config.dp_noise or "dp_noise" in differing):
         raise ValueError(
@@ -152,8 +157,8 @@ class Journal:
             return {"state": like} | ({"best": like} if config.keep == "best" and best != rounds else {})
 
         self.complete = (out / SUMMARY).exists() and not changed
-        begun = history or self.checkpoints.rounds()
-        rounds = self.checkpoints.newest(saved, min(len(history) - 1, config.rounds), self.say)
+        begun = history or rounds_in(out)
+        rounds = self.checkpoints.newest(saved, len(history) - 1, self.say)
         if self.complete and rounds < config.rounds:
             raise FileExistsError(
                 f"out_dir={config.out_dir!r} is complete, but the checkpoint of its last round is gone:"

@@ -336,6 +336,12 @@ def test_a_complete_run_can_be_made_longer(prepared, whole, tmp_path):
     execute(prepared, out, rounds=8)
     execute(prepared, out, resume=True, override=True, checkpoint_every=5)
     same(out, whole)
+    before = contents(out)
+    with pytest.raises(
+        ValueError, match=r"rounds=11: out_dir='.*' holds 12 rounds: give as many or more, or s"
+    ):
+        execute(prepared, out, resume=True, override=True, rounds=11)
+    assert before == contents(out)
 
 
 @pytest.mark.parametrize(
@@ -533,8 +539,11 @@ def test_any_damage_is_seen(tmp_path, capfd):
         assert checkpoints.newest(lambda rounds: like, 9, said.append) == 1
         assert said == ["the checkpoint of round 2 cannot be used: _METADATA is missing"]
         equal(checkpoints.restore(1, like), tree(1))
-        assert checkpoints.rounds() == [1]
-        assert checkpoints.newest(lambda rounds: like, 0, said.append) == 0 and checkpoints.rounds() == []
+        assert checkpoint.rounds_in(tmp_path) == [1]
+        assert (
+            checkpoints.newest(lambda rounds: like, 0, said.append) == 0
+            and checkpoint.rounds_in(tmp_path) == []
+        )
     assert capfd.readouterr() == ("", "")
 
 
@@ -574,7 +583,7 @@ def test_what_cannot_be_written_leaves_the_one_before(tmp_path, capfd, request):
             OSError, match=r"checkpoints/2 could not be written \(.*File too large.*make room"
         ):
             checkpoints.wait()
-        assert checkpoints.rounds() == [1]
+        assert checkpoint.rounds_in(tmp_path) == [1]
     with Checkpoints(tmp_path, 1) as checkpoints:
         equal(checkpoints.restore(1, abstract(tree())), tree(1))
     assert capfd.readouterr() == ("", "")
