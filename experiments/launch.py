@@ -216,8 +216,9 @@ def _train(runs: list[Config], out: pathlib.Path, stop: Callable[[], bool]) -> N
         beside = next(filter(None, ready), None)
         ready.append(None if done else prepare.prepare(config, beside=beside))
     if other := next(filter(None, ready), None):
+        data = {journal.DATA: other.digests[journal.DATA]}
         for i, config in enumerate(runs):
-            if found[i] and journal.changes(config, other.data):  # one comparison is of one data set
+            if found[i] and journal.changes(config, data):  # one comparison is of one data set
                 found[i], ready[i] = None, prepare.prepare(config, beside=other)
 
     def train_one(prepared: prepare.Prepared) -> train.Result:

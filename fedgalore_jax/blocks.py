@@ -185,11 +185,11 @@ def advance(
     """
     train, plan = load(machine, plan, blocks)
     if blocks.slots is None:
-        return program(state, train, plan, count)
+        return engine.run(program, state, train, plan, count)
     store = state.clients
     ids, plan = slotted(plan, machine.num_clients)
     lent = lend(machine, state, np.resize(ids, blocks.slots))
-    state, metrics = program(state._replace(clients=lent), train, plan, count)
+    state, metrics = engine.run(program, state._replace(clients=lent), train, plan, count)
     keep(store, ids, hosts.fetch(state.clients))
     return state._replace(clients=store), metrics
 

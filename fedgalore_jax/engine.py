@@ -4,7 +4,7 @@ The engine knows no strategy by name. Rounds up to the next evaluation are one c
 trip count: the same program runs one round or fifty.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,18 +69,51 @@ def init(
     remember: bool = True,
 ) -> RunState:
     """The state before round 0. Weights are kept in float32 or wider, whatever they were stored in:
-    changes of a round would be lost in half precision. `remember=False` leaves out the memories."""
-    params = tree.wide(params)
-    server_key, run_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    changes of a round would be lost in half precision. `remember=False` leaves out the memories.
 
-    def begin(params, server_key, run_key):
-        server = strategy.init(params, server_key, num_clients)
-        clients = memories(strategy, params, jnp.arange(num_clients)) if remember else ()
-        return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
+    What it takes from `params` as it is, it shares with them.
+    """
+    begin, wide = partial(_begin, strategy, num_clients, remember), tree.wide(params)
+    args = (wide, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+    taken, shapes = _taken(begin, *args)
+    places = shardings(strategy, shapes, mesh) if mesh else jax.tree.map(lambda x: None, shapes)
+    weights = {id(x) for x in jax.tree.leaves(wide) if isinstance(x, jax.Array)}
 
-    args = (params, server_key, run_key)
-    places = shardings(strategy, jax.eval_shape(begin, *args), mesh) if mesh else None
-    return jax.jit(begin, out_shardings=places)(*args)
+    def there(x, place):
+        """A weight that lies where the state's is to."""
+        if id(x) not in weights:
+            return None
+        return x if place is None or place.is_equivalent_to(x.sharding, x.ndim) else None
+
+    taken = jax.tree.map(there, taken, places, is_leaf=lambda x: x is None)
+    made = jax.jit(lambda *args: tree.without(taken, begin(*args)), out_shardings=tree.without(taken, places))
+    return tree.joined(made(*args), taken)
+
+
+def _begin(
+    strategy: Strategy, num_clients: int, remember: bool, params: Params, server_key: Array, run_key: Array
+) -> RunState:
+    server = strategy.init(params, server_key, num_clients)
+    clients = memories(strategy, params, jnp.arange(num_clients)) if remember else ()
+    return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
+
+
+def frozen(strategy: Strategy, params: Params, num_clients: int, moved: RunState) -> Any:
+    """Which leaves of a state are the model's own, before the first round and after the last.
+
+    Args:
+      strategy: the algorithm.
+      params: the model's.
+      num_clients: N.
+      moved: what a program gives of a state, or its shapes; see `Engine.program`.
+
+    Returns:
+      A tree like the state, of those leaves of `params`, with None for all else.
+    """
+    wide, key = jax.eval_shape(tree.wide, params), jax.random.key(0)
+    taken, _ = _taken(partial(_begin, strategy, num_clients, True), wide, key, key)
+    own = {id(shape): leaf for shape, leaf in zip(*map(jax.tree.leaves, (wide, params)), strict=True)}
+    return tree.without(moved, jax.tree.map(lambda x: own.get(id(x)), taken))
 
 
 def memories(strategy: Strategy, params: Params, ids: Array) -> Tree:
@@ -126,10 +159,16 @@ class Engine(NamedTuple):
     streams: bool = False
     aggregator: Aggregator = MEAN
 
-    def rounds(self) -> Any:
-        """The program of a run, jitted: `rounds(state, train, plan, count) -> (state, metrics)`.
+    def rounds(self) -> Callable[..., tuple[RunState, dict[str, Array]]]:
+        """The program of a run, as a function: `rounds(state, train, plan, count) -> (state, metrics)`."""
+        return partial(run, self.program())
+
+    def program(self) -> Any:
+        """The program of a run, jitted: `program(state, train, plan, count) -> (moved, metrics)`.
 
         It runs the first `count` rounds of the plan; metrics are rows `[R, ...]`, meaningful up to `count`.
+        `moved` is the state after them with None for what every round hands on as it was given, such as
+        frozen weights: of an output that is an input the program would make a copy. See `run`.
         """
 
         def rounds(state: RunState, train: Batch, plan: Plan, count: Array):
@@ -140,19 +179,21 @@ class Engine(NamedTuple):
                 return {name: x[r] for name, x in train.items()} if self.streams else train
 
             def body(r, carry):
-                state, metrics = carry
-                state, new = self.round(state, data(r), row(r))
-                return self.held(state), jax.tree.map(lambda rows, x: rows.at[r].set(x), metrics, new)
+                moved, metrics = carry
+                after, new = self.round(tree.joined(moved, state), data(r), row(r))
+                metrics = jax.tree.map(lambda rows, x: rows.at[r].set(x), metrics, new)
+                return tree.without(same, self.held(after)), metrics
 
-            shapes = jax.eval_shape(lambda: self.round(state, data(0), row(0))[1])
+            (taken, _), (_, shapes) = _taken(self.round, state, data(0), row(0))
+            same = jax.tree.map(lambda had, got: had if got is had else None, state, taken)
             size = plan.ids.shape[0]
             empty = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
-            return jax.lax.fori_loop(0, count, body, (state, empty))
+            moved, metrics = jax.lax.fori_loop(0, count, body, (tree.without(same, state), empty))
+            return tree.without(same, self.held(tree.joined(moved, state))), placement.everywhere(metrics)
 
         def on_mesh(*args):
             with placement.on(self.mesh):
-                state, metrics = rounds(*args)
-                return self.held(state), placement.everywhere(metrics)
+                return rounds(*args)
 
         return jax.jit(on_mesh)
 
@@ -277,12 +318,36 @@ class Engine(NamedTuple):
         return Wire(down, up, optimizer, memory, missed, gradients[0] / self.steps)
 
 
+def _taken(function: Any, *args: Tree) -> tuple[Any, Any]:
+    """What a function hands on as it was given.
+
+    Returns:
+      A tree like its output, of those leaves of `args`, with None for what it computes; and the shapes of
+      its output.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    given = dict(zip(map(id, closed.jaxpr.invars), jax.tree.leaves(args), strict=True))
+    found = [given.get(id(out)) for out in closed.jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found), shapes
+
+
+def run(
+    program: Any, state: RunState, train: Data, plan: Plan, count: Array | int
+) -> tuple[RunState, dict[str, Array]]:
+    """Calls an `Engine.program`: the state after `count` rounds, and their metrics.
+
+    What no round changes is in both states, and on the devices once.
+    """
+    moved, metrics = program(state, train, plan, count)
+    return tree.joined(moved, state), metrics
+
+
 def _where(moved: Array, new: Tree, old: Tree) -> Tree:
     """The server's new state, or the old one with the new round's number."""
 
     def one(path, new, old):
         name = getattr(path[-1], "name", getattr(path[-1], "key", ""))  # of a NamedTuple, or of a dict
-        return new if name == "round" else jnp.where(moved, new, old)
+        return new if name == "round" or new is old else jnp.where(moved, new, old)
 
     return jax.tree.map_with_path(one, new, old)
 

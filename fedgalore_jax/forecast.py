@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedgalore_jax import engine
+from fedgalore_jax import engine, tree
 from fedgalore_jax.prepare import Prepared
 
 
@@ -35,8 +35,9 @@ def forecast(prepared: Prepared) -> Forecast:
     """
     config, wire = prepared.config, prepared.wire
     needs = prepared.compile().memory_analysis()
-    # The weights that it began with stay as well.
-    kept = sum(_here(leaf) for leaf in jax.tree.leaves(prepared.loaded.params))
+    # The weights that it began with stay; the state shares those that no round changes.
+    shared = {id(leaf) for leaf in jax.tree.leaves(prepared.frozen) if tree.wide(leaf) is leaf}
+    kept = sum(_here(leaf) for leaf in jax.tree.leaves(prepared.loaded.params) if id(leaf) not in shared)
     best = needs.output_size_in_bytes if config.keep == "best" else 0
     memory = needs.argument_size_in_bytes + needs.temp_size_in_bytes + needs.output_size_in_bytes
     traffic = config.rounds * config.participants * (wire.up + wire.down)

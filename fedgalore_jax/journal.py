@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedgalore_jax import hosts, tree
@@ -22,8 +22,9 @@ from fedgalore_jax.folder import (
 )
 from fedgalore_jax.types import Tree
 
-DATA = "data_digest"
-"""In `config.json`, beside the config: of the data, see `Dataset.digest`."""
+DATA, WEIGHTS = "data_digest", "weights_digest"
+DIGESTS = {DATA: "the data", WEIGHTS: "the weights that no round changes"}
+"""In `config.json`, beside the config: what a run needs besides its checkpoint, see `Prepared.digests`."""
 
 
 class Finished(NamedTuple):
@@ -54,12 +55,12 @@ def finished(config: Config) -> Finished | None:
     return Finished(read_lines(out / METRICS), read_json(out / SUMMARY))
 
 
-def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any]]:
+def changes(config: Config, digests: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
     """What differs from the run that goes on in `out_dir`, `{field: (old, new)}`.
 
     Args:
       config: of the run that goes on.
-      data: the digest of its data, where they are known.
+      digests: of what it needs besides its checkpoint, `{name: digest}`, where they are known.
 
     Raises:
       ValueError: something does, and `override` is not set; or rounds that are done would have to go.
@@ -70,10 +71,10 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
     was = read_json(out / CONFIG)
     if not isinstance(was, dict):
         raise ValueError(f"{out / CONFIG} holds no config: choose another folder")
-    before = was.pop(DATA, None)
+    before = {name: was.pop(name, None) for name in DIGESTS}
     differing = config.changes(was)
-    if data and before and data != before:  # the files that the same flags name are others
-        differing[DATA] = before, data
+    now = {name: digest for name, digest in (digests or {}).items() if before[name]}
+    others = {name: (before[name], digest) for name, digest in now.items() if digest != before[name]}
     if config.rounds < (done := max(rounds_in(out), default=0)):
         raise ValueError(
             f"rounds={config.rounds}: out_dir={config.out_dir!r} holds {done} rounds: give as many or more,"
@@ -85,15 +86,14 @@ def changes(config: Config, data: str | None = None) -> dict[str, tuple[Any, Any
             f"out_dir={config.out_dir!r} cannot go on with other {', '.join(private)}: epsilon is that of"
             " a whole run; give the old values, or start in a new folder"
         )
-    if differing and not config.override:
+    if (differing or others) and not config.override:
         said = [f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items()]
-        if DATA in differing:
-            said[-1] = "the data are not those it began with"
+        said += [f"{DIGESTS[name]} are not those it began with" for name in others]
         raise ValueError(
             f"out_dir={config.out_dir!r} cannot go on: {', '.join(said)}; give the old values, or --override"
             " to go on with the new ones"
         )
-    return differing
+    return differing | others  # files that the same flags name may be others
 
 
 def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -106,10 +106,12 @@ class Journal:
 
     Args:
       config: of the run.
-      data: the digest of its data.
+      digests: of what it needs besides a checkpoint, see `Prepared.digests`.
       metric: which of a record's numbers says how good the state after its round is.
       out: the run's folder, where it has one.
       checkpoints: those in it.
+      frozen: which leaves of a state are the model's own all along, see `engine.frozen`; a checkpoint is
+        without them.
       say: takes a line for each thing that is not as it should be.
 
     Attributes:
@@ -121,14 +123,15 @@ class Journal:
     def __init__(
         self,
         config: Config,
-        data: str,
+        digests: Mapping[str, str],
         metric: str,
         out: pathlib.Path | None = None,
         checkpoints: Checkpoints | None = None,
+        frozen: Tree = None,
         say: Callable[[str], None] = print,
     ):
-        self.config, self.data, self.metric = config, data, metric
-        self.out, self.checkpoints, self.say = out, checkpoints, say
+        self.config, self.digests, self.metric = config, digests, metric
+        self.out, self.checkpoints, self.frozen, self.say = out, checkpoints, frozen, say
         self.history: list[dict[str, Any]] = []
         self.best: Any = None
         self.complete = False
@@ -150,7 +153,9 @@ class Journal:
         config, out, state = self.config, self.out, new()
         if out is None or self.checkpoints is None:
             return state
-        history, changed, like = read_lines(out / METRICS), changes(config, self.data), abstract(state)
+        history, changed = read_lines(out / METRICS), changes(config, self.digests)
+        moving = tree.without(self.frozen, state)
+        like = abstract(moving)
 
         def saved(rounds):
             best = best_of(history[: rounds + 1], self.metric)["round"]
@@ -169,18 +174,18 @@ class Journal:
         if hosts.first():
             if changed:
                 (out / SUMMARY).unlink(missing_ok=True)
-            write_json(out / CONFIG, dataclasses.asdict(config) | {DATA: self.data})
+            write_json(out / CONFIG, {**dataclasses.asdict(config), **self.digests})
             write_lines(out / METRICS, self.history)
         if not rounds:
             if begun:
                 self.say("no checkpoint can be used: starting again at round 0")
             return state
-        del state  # there may not be room for two
+        state, moving = tree.without(moving, state), None  # there may not be room for two
         self.say(f"going on from the checkpoint of round {rounds}")
         found = self.checkpoints.restore(rounds, saved(rounds))
         if config.keep == "best":
-            self.best = tree.apart(found.get("best", found["state"]))
-        return found["state"]
+            self.best = tree.apart(tree.joined(found.get("best", found["state"]), state))
+        return tree.joined(found["state"], state)
 
     def write(self, record: dict[str, Any], state: Tree) -> None:
         """Keeps a record and appends its line, and keeps the state after its round where that is the best."""
@@ -197,7 +202,8 @@ class Journal:
         if not self.checkpoints or not (due or told):
             return
         other = self.best is not None and best_of(self.history, self.metric)["round"] != done
-        self.checkpoints.save(done, {"state": state} | ({"best": self.best} if other else {}))
+        states = {"state": state} | ({"best": self.best} if other else {})
+        self.checkpoints.save(done, {name: tree.without(self.frozen, x) for name, x in states.items()})
         if told:
             self.checkpoints.wait()
 

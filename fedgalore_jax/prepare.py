@@ -26,7 +26,7 @@ from fedgalore_jax.data import Dataset, FederatedData, partition
 from fedgalore_jax.data.federated import PARTITION
 from fedgalore_jax.data.partition import table
 from fedgalore_jax.folder import refuse_used
-from fedgalore_jax.journal import changes
+from fedgalore_jax.journal import DATA, WEIGHTS, changes
 from fedgalore_jax.loading import Loaded, Model, load
 from fedgalore_jax.plans import plan
 from fedgalore_jax.strategies.base import ROLES, Common
@@ -42,26 +42,29 @@ class Prepared(NamedTuple):
     Attributes:
       config: of the run.
       task, loaded, federation: what is learned, from what, by whom.
-      data: the digest of the data and of who has what.
+      digests: of what a run needs besides its checkpoint: the data and who has what, the weights that no
+        round changes; as its `config.json` has them.
       machine: the engine.
       blocks: how its rounds are cut into calls.
       compile: makes the program of its rounds, see `engine.Engine.rounds`.
       evaluator: of what `Strategy.export` takes.
       wire: bytes of one client.
       traced: the program of its rounds.
+      frozen: which leaves of a state are the model's own all along, see `engine.frozen`.
     """
 
     config: Config
     task: tasks.Task
     loaded: Loaded
     federation: FederatedData
-    data: str
+    digests: dict[str, str]
     machine: engine.Engine
     blocks: blocks.Blocks
     compile: Callable[[], Any]
     evaluator: evaluation.Evaluator
     wire: engine.Wire
     traced: jax.stages.Traced
+    frozen: engine.RunState
 
 
 def prepare(
@@ -95,9 +98,9 @@ def prepare(
     loaded = beside.loaded if beside else load(config, task, mesh, model=model, dataset=dataset)
     dataset, fns, params, _ = loaded
     federation = federate(config, dataset)
-    data = beside.data if beside else dataset.digest(federation.parts)
+    digests = {DATA: beside.digests[DATA] if beside else dataset.digest(federation.parts)}
     if config.out_dir and hosts.first():
-        changes(config, data)
+        changes(config, digests)
     deals_classes = dataset.label_names and not task.answers and "domain" not in partition_of(config, dataset)
     if strategy.personal and not deals_classes:
         raise ValueError(
@@ -134,25 +137,31 @@ def prepare(
     rows = plan(config, machine.chunk, federation, range(pieces.rounds), pieces.rounds)
 
     def with_rate(rate, *args):
-        return machine._replace(strategy=strategy_of(config, task, rate)).rounds()(*args)
+        return machine._replace(strategy=strategy_of(config, task, rate)).program()(*args)
 
     args = (state, *blocks.load(machine, rows, pieces), 1)
-    traced = jax.jit(with_rate).trace(1.0, *args) if any_trial else machine.rounds().trace(*args)
+    traced = jax.jit(with_rate).trace(1.0, *args) if any_trial else machine.program().trace(*args)
     wire = machine.wire(state, rows)
     export = (lambda state: strategy.export(*state)) if strategy.personal else strategy.export
     evaluator = evaluation.evaluator(task, fns, export, mesh)
+    frozen = engine.frozen(strategy, params, config.clients, traced.out_info[0])
+    if config.out_dir:
+        digests[WEIGHTS] = tree.digest(frozen)
+        if hosts.first():
+            changes(config, digests)
     return Prepared(
         config,
         task,
         loaded,
         federation,
-        data,
+        digests,
         machine,
         pieces,
         functools.partial(engine.compiled, traced.lower()),
         evaluator,
         wire,
         traced,
+        frozen,
     )
 
 

@@ -116,7 +116,8 @@ def execute(
                 remove_leftovers(out)
             checkpoints = held.enter_context(Checkpoints(out, config.keep_checkpoints))
         say(describe(prepared))
-        journal = Journal(config, prepared.data, prepared.task.metric, out, checkpoints, say)
+        digests, metric = prepared.digests, prepared.task.metric
+        journal = Journal(config, digests, metric, out, checkpoints, prepared.frozen, say)
         loop = _Loop(prepared, journal, stop)
         state, history = loop.run(), journal.history
         params = prepared.machine.strategy.export(state.server)
@@ -135,7 +136,7 @@ def execute(
 
 def validate(prepared: Prepared) -> dict[str, Any]:
     """Trains and returns the last round's record; neither writes nor looks at the test split."""
-    journal = Journal(prepared.config, prepared.data, prepared.task.metric)
+    journal = Journal(prepared.config, prepared.digests, prepared.task.metric)
     _Loop(prepared, journal).run()
     return journal.history[-1]
 

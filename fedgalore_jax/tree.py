@@ -1,5 +1,6 @@
 """Small things done to pytrees: paths, ordered regex rules, bytes, weighted sums."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -112,9 +113,52 @@ def nbytes(tree: Tree) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
+def digest(tree: Tree) -> str:
+    """A hash of a tree's arrays: their paths, types, shapes and, summed up where they lie, all their bits."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        found.update(
+            f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape} {int(_sum_of_bits(leaf))}".encode()
+        )
+    return found.hexdigest()[:16]
+
+
+@jax.jit
+def _sum_of_bits(x: Array) -> Array:
+    """Bits of real numbers as integers, each times an odd number that its place gives it: exact in any order,
+    so the same on any devices."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
 def apart(tree: Tree) -> Tree:
     """The tree as it is now: its NumPy arrays, which may be written in place, are copied."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+
+
+def without(marks: Tree, whole: Tree) -> Tree:
+    """A tree with None for every leaf that has a mark, anything but None, in a tree of the same form.
+
+    >>> without({"a": None, "b": 7}, {"a": 1, "b": 2})
+    {'a': 1, 'b': None}
+    """
+    return jax.tree.map(lambda mark, x: x if mark is None else None, marks, whole, is_leaf=_is_none)
+
+
+def joined(part: Tree, whole: Tree) -> Tree:
+    """A tree with the leaves of `part`, and where that has None those of `whole`.
+
+    >>> joined({"a": 3, "b": None}, {"a": 1, "b": 2})
+    {'a': 3, 'b': 2}
+    """
+    return jax.tree.map(lambda x, other: other if x is None else x, part, whole, is_leaf=_is_none)
+
+
+def _is_none(leaf: Tree) -> bool:
+    return leaf is None
 
 
 def wide(arrays: Tree) -> Tree:

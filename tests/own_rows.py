@@ -91,7 +91,7 @@ def learn(mesh=None):
     it, params = machine("memories", mesh, streams=mesh is not None)
     state = engine.init(it.strategy, params, jax.random.key(0), N, mesh, remember=False)
     state = state._replace(clients=blocks.on_host(it, params, N))
-    state, _ = blocks.advance(it.rounds(), it, state, PLAN, ROUNDS, BLOCKS)
+    state, _ = blocks.advance(it.program(), it, state, PLAN, ROUNDS, BLOCKS)
     out = tree.flatten(hosts.fetch(it.strategy.export(state.server)))
     return out | {f"memory {i}": x for i, x in enumerate(jax.tree.leaves(state.clients))}
 

@@ -48,8 +48,8 @@ def run(name, mesh=None, streams=False):
     state = engine.init(it.strategy, params, jax.random.key(0), N, mesh)
     plan = FederatedData(np.split(np.arange(60), N), 3).plan(range(2), COHORT, K, B, it.chunk)
     train, plan = blocks.load(it, plan, blocks.Blocks(2, None, 6 if streams else 0))
-    program = it.rounds().lower(state, train, plan, 2).compile()
-    after, metrics = program(state, train, plan, 2)
+    program = it.program().lower(state, train, plan, 2).compile()
+    after, metrics = engine.run(program, state, train, plan, 2)
     for (path, new), (_, old) in zip(*map(jax.tree.leaves_with_path, (after, state)), strict=True):
         same = new.sharding.is_equivalent_to(old.sharding, new.ndim)
         assert same and jax.typeof(new) == jax.typeof(old), (path, new.sharding, old.sharding)
@@ -81,6 +81,7 @@ def main(out):
         with jax.enable_x64(wide):
             mesh = placement.mesh(shape)
             arrays, program, state = run(name, mesh, name == "memories")
+            results[f"{name}|digest"] = tree.digest(machine(name, mesh, False)[1])
         results |= {f"{name}|{path}": x for path, x in arrays.items()}
         results[f"{name}|gathered"], results[f"{name}|summed"] = gathered(program), summed(program)
         kernel = (state.server.params if "rows" in name else state.server.trainable)["layers/output/kernel"]

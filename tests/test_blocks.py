@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from problem import B, K, N, assert_close, params, plan, setup
 
-from fedgalore_jax import blocks, tree
+from fedgalore_jax import blocks, engine, tree
 from fedgalore_jax.blocks import Blocks
 from fedgalore_jax.config import Config
 
@@ -56,3 +56,21 @@ def test_a_block_is_cut_to_what_fits(scaffold, monkeypatch):
         assert blocks.cut(config, machine, 9, shapes) == Blocks(*wanted, 0), room
     everyone = dataclasses.replace(config, cohort=N)
     assert blocks.cut(everyone, machine, 9, shapes) == Blocks(20, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "kept"), [("fedit", {"kernel", "shift"}), ("fedavg", {"shift"}), ("fedex_lora", {"shift"})]
+)
+def test_what_no_round_changes_is_there_once(method, kept):
+    """It is the model's own array in every state, and no output of the program."""
+    machine, rounds, _ = setup(method)
+    given = params()
+    state = engine.init(machine.strategy, given, jax.random.key(0), N)
+    after, _ = rounds(state, machine.train, plan(range(2)), 2)
+    moved, _ = jax.eval_shape(machine.program(), state, machine.train, plan(range(2)), 2)
+    frozen = engine.frozen(machine.strategy, given, N, moved)
+    names = {id(leaf): path.rsplit("/")[-1] for path, leaf in tree.flatten(given).items()}
+    for states in (after, frozen):
+        assert {names[id(x)] for x in jax.tree.leaves(states) if id(x) in names} == kept
+    assert kept.isdisjoint(path.rsplit("/")[-1] for path, x in moved.server.frozen.items() if x is not None)
+    assert moved.key is None and after.key is state.key

@@ -28,6 +28,7 @@ from fedgalore_jax import blocks, checkpoint, folder, journal, models, prepare, 
 from fedgalore_jax.checkpoint import Checkpoints, Misfit, abstract
 from fedgalore_jax.config import Config
 from fedgalore_jax.models import configs, vit
+from fedgalore_jax.tree import digest
 
 ROUNDS = 12
 TINY = vit.Config(
@@ -210,7 +211,7 @@ def test_the_best_state_that_was_read_is_not_written_over(tmp_path):
     config = Config(keep="best", rounds=2, out_dir=str(tmp_path), resume=True)
     folder.write_json(tmp_path / folder.CONFIG, dataclasses.asdict(config))
     folder.write_lines(tmp_path / folder.METRICS, [{"round": t, "accuracy": t / 9} for t in range(2)])
-    book = journal.Journal(config, "", "accuracy", tmp_path, Held(), lambda line: None)
+    book = journal.Journal(config, {}, "accuracy", tmp_path, Held(), say=lambda line: None)
     state = book.open(lambda: Held().restore(0, None)["state"])
     state["memories"][:] = 5
     assert book.history[-1]["round"] == 1 and not book.best["memories"].any()
@@ -292,7 +293,7 @@ def test_a_changed_config_is_refused(flags, prepared, copy, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "clip was 1.0 and is 2.0, seed was 0 and is 1; give the old values, or --override" in error
     other = prepare.strategy_of(dataclasses.replace(prepared.config, method="fedit"), prepared.task)
-    other = prepared._replace(machine=prepared.machine._replace(strategy=other))
+    other = prepared._replace(machine=prepared.machine._replace(strategy=other), frozen=None)
     with pytest.raises(ValueError, match=r"copy/checkpoints/8 has .* where a run with these values has "):
         execute(other, copy, resume=True, override=True, method="fedit")
     assert before == contents(copy)
@@ -301,7 +302,7 @@ def test_a_changed_config_is_refused(flags, prepared, copy, capsys):
 def test_other_data_under_the_same_name_are_refused(prepared, copy):
     on = dataclasses.replace(prepared.config, out_dir=str(copy), resume=True)
     dataset = prepared.loaded.dataset
-    assert prepare.prepare(on, dataset=dataset).data == prepared.data
+    assert prepare.prepare(on, dataset=dataset).digests["data_digest"] == prepared.digests["data_digest"]
     labels = dataset.validation.labels.copy()
     labels[7] = (labels[7] + 1) % 10
     other = dataset._replace(validation=dataset.validation._replace(labels=labels))
@@ -316,6 +317,24 @@ def test_other_data_under_the_same_name_are_refused(prepared, copy):
     del config["data_digest"]  # as older runs are
     folder.write_json(copy / "config.json", config)
     prepare.prepare(on, dataset=other)
+
+
+def test_weights_that_no_round_changes_stay_with_the_model(prepared, copy, tmp_path):
+    shapes = folder.read_json(copy / "checkpoints" / "8" / "shapes.json")
+    held = {name.split("'")[-2] for name in shapes if "server" in name}
+    assert "layers/attention/query/kernel" in held and not any("embeddings" in name for name in held)
+    same = shutil.copytree(prepared.loaded.base, tmp_path / "model")
+    on = dataclasses.replace(prepared.config, out_dir=str(copy), resume=True, model=str(same))
+    config = folder.read_json(copy / "config.json") | {"model": str(same)}
+    folder.write_json(copy / "config.json", config | {"weights_digest": digest(prepared.frozen)})
+    prepare.prepare(on)
+    fns, params = models.load(same)
+    params["embeddings"]["cls_token"] += 1.0
+    models.save(same, fns, params)
+    before = contents(copy)
+    with pytest.raises(ValueError, match="go on: the weights that no round changes are not those it began w"):
+        prepare.prepare(on)
+    assert before == contents(copy)
 
 
 def test_privacy_cannot_change_on_the_way(prepared, copy):

@@ -45,6 +45,15 @@ def test_eight_devices_are_as_good_as_one(eight, name):
         np.testing.assert_allclose(found, x, rtol=0, atol=1e-10 if wide else 1e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("name", spread.CASES)
+def test_a_digest_is_that_of_one_device(eight, name):
+    with jax.enable_x64(spread.CASES[name][-1]):
+        params = spread.machine(name, None, False)[1]
+        other = tree.flatten(params)
+        other["classifier/kernel"] = other["classifier/kernel"].at[3, 2].multiply(-1)
+        assert tree.digest(params) == eight[f"{name}|digest"] != tree.digest(tree.unflatten(other))
+
+
 def test_data_that_travel_to_one_device_are_the_same():
     """As where a training set is large."""
     with jax.enable_x64(True):

@@ -45,7 +45,7 @@ def test_privacy_of_what_the_bound_does_not_cover_is_refused(method, options, na
     machine, _, state = setup(method, **options)
     machine = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
     with pytest.raises(ValueError, match=f"this one sends {names} besides: give another --method"):
-        machine.rounds().lower(state, machine.train, plan(range(1)), 1)
+        machine.program().lower(state, machine.train, plan(range(1)), 1)
 
 
 @pytest.mark.parametrize("method", ["rolora", "lora_a2"])
@@ -70,9 +70,9 @@ def test_privacy_and_decay_are_for_clients_with_weights_in_full():
     options = {"sync": "none", "weight_decay": 0.1}
     machine, _, state = setup("fedgalore", **options)
     with pytest.raises(ValueError, match="give --weight_decay=0, or --client_weights=dense"):
-        machine._replace(aggregator=private).rounds().lower(state, machine.train, plan(range(1)), 1)
+        machine._replace(aggregator=private).program().lower(state, machine.train, plan(range(1)), 1)
     machine, _, state = setup("fedgalore", **options, client_weights="dense")
-    machine._replace(aggregator=private).rounds().lower(state, machine.train, plan(range(1)), 1)
+    machine._replace(aggregator=private).program().lower(state, machine.train, plan(range(1)), 1)
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism():

@@ -158,7 +158,7 @@ def lowered(machine: engine.Engine, *args) -> jax.stages.Lowered:
     """The program of rounds, traced for the card."""
     place = jax.sharding.SingleDeviceSharding(card())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    return machine.rounds().trace(*shapes).lower(lowering_platforms=("cuda",))
+    return machine.program().trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def least(launched: list[Kernel]) -> float:

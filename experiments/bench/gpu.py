@@ -100,7 +100,7 @@ def started(row: Row, pool: futures.Executor) -> tuple[futures.Future, tuple]:
     machine, state, plan = build(
         SHAPES[row.shape], row.variant, STEPS, clients=row.clients, chunk=row.chunk, precision="bf16"
     )
-    lowered = machine.rounds().lower(state, machine.train, plan, 1)
+    lowered = machine.program().lower(state, machine.train, plan, 1)
 
     def finish():
         began = time.perf_counter()

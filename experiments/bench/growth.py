@@ -33,7 +33,7 @@ def program(axis: str, value: int):
     sizes = {"clients": {"clients": value}, "local steps": {}, "population": {"population": value}}[axis]
     machine, state, plan = build(SHAPES[SHAPE], VARIANT, value if axis == "local steps" else STEPS, **sizes)
     args = (state, machine.train, plan, 1)
-    compiled = engine.compiled(machine.rounds().lower(*args))
+    compiled = engine.compiled(machine.program().lower(*args))
     return lambda: compiled(*args)
 
 
@@ -47,7 +47,7 @@ def compiling(depth: int) -> float:
     sizes = SHAPES[SHAPE] | {"num_hidden_layers": depth}
     machine, state, plan = build(sizes, VARIANT, STEPS, scan_layers=True)
     began = time.perf_counter()
-    engine.compiled(machine.rounds().lower(state, machine.train, plan, 1))
+    engine.compiled(machine.program().lower(state, machine.train, plan, 1))
     return time.perf_counter() - began
 
 

@@ -13,7 +13,7 @@ import time
 
 import jax
 
-from fedgalore_jax import blocks, train
+from fedgalore_jax import blocks, engine, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.plans import plan
 from fedgalore_jax.prepare import Prepared, prepare
@@ -32,7 +32,7 @@ def alone(prepared: Prepared) -> float:
     data = jax.block_until_ready([blocks.load(machine, row, pieces) for row in rows])
     began = time.perf_counter()
     for args in data:
-        state, _ = program(state, *args, BLOCK)
+        state, _ = engine.run(program, state, *args, BLOCK)
     jax.block_until_ready(state)
     return time.perf_counter() - began
 

@@ -134,7 +134,7 @@ def compiled(program: Program) -> jax.stages.Compiled:
     state = placement.placed(state, engine.shardings(program.strategy, state, mesh))
     parts = [np.arange(c * batch, (c + 1) * batch) for c in range(clients)]
     plan = jax.tree.map(whole, FederatedData(parts, 0).plan(range(1), clients, steps, batch))
-    traced = machine.rounds().trace(state, train, plan, whole(jnp.int32(1)))
+    traced = machine.program().trace(state, train, plan, whole(jnp.int32(1)))
     return engine.compiled(traced.lower(lowering_platforms=("tpu",)))
 
 

@@ -127,13 +127,13 @@ def serve(shape: str, variant: str, steps: int, chunk: int | None = None) -> Non
 
     machine, state, plan = build(SHAPES[shape], variant, steps, chunk=chunk)
     began = time.perf_counter()
-    rounds = engine.compiled(machine.rounds().lower(state, machine.train, plan, 1))
+    rounds = engine.compiled(machine.program().lower(state, machine.train, plan, 1))
     compiled = time.perf_counter() - began
     jax.block_until_ready(rounds(state, machine.train, plan, 1))
     print(json.dumps([compiled, rounds.memory_analysis().temp_size_in_bytes / 1e6]), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(rounds(state, machine.train, plan, 1))
+        state, _ = jax.block_until_ready(engine.run(rounds, state, machine.train, plan, 1))
         seconds = time.perf_counter() - began
         print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]), flush=True)
 

@@ -56,7 +56,7 @@ def measure(method: str, clients: int, cohort: int, *, on_host: bool, rounds: in
         state = state._replace(clients=blocks.on_host(made, params, clients))
     plans = [federation.plan(range(t, t + 1), cohort, STEPS, BATCH, CHUNK) for t in range(rounds + 1)]
     there = state._replace(clients=cut.on_devices(state.clients))
-    program = engine.compiled(made.rounds().lower(there, made.train, plans[0], 1))
+    program = engine.compiled(made.program().lower(there, made.train, plans[0], 1))
     seconds = []
     for plan in plans:
         began = time.perf_counter()
