@@ -9,7 +9,7 @@ the lane `stack` rows stay rows, but none reaches further than what was kept.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class Aggregator(NamedTuple):
         return _added(rows.mean, rows.sum, weights, present), Upload(stack=rows.stack)
 
     def upload(
-        self, total: Tree, rows: Upload, counts: Array, present: Array, size: Array, key: Array
+        self, total: Tree, rows: Upload, counts: Array, present: Array, size: Array, key: Any
     ) -> Upload:
         """The round's upload, from what `arrive` left.
 
@@ -74,7 +74,7 @@ class Aggregator(NamedTuple):
           counts: `[C]`, samples of the clients that took part.
           present: `[C]`, those of them whose upload is used.
           size: clients of the round, absent ones too.
-          key: of the noise.
+          key: of the noise, None where there is none.
         """
         left = jnp.where(present, counts, 0)
         if self.reduce is not None:

@@ -139,7 +139,11 @@ def start(
     """The state before round 0; with slots its `clients` are NumPy arrays."""
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     here = blocks is None or blocks.slots is None
-    state = engine.init(machine.strategy, params, key, config.clients, machine.mesh, remember=here)
+    # A seed is written down, guessed, and used again: two runs with one noise have a difference without any.
+    noise = hosts.secret_key() if machine.aggregator.private else ()
+    state = engine.init(
+        machine.strategy, params, key, config.clients, machine.mesh, remember=here, noise=noise
+    )
     return state if here else state._replace(clients=on_host(machine, params, config.clients))
 
 

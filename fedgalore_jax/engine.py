@@ -31,12 +31,14 @@ class RunState(NamedTuple):
       clients: memories of all clients, rows `[N, ...]`; inside of a block with slots, a row for each.
       last: `[N]` int32, the last round each client was sent; -1 before its first.
       key: the run's PRNG key; round t uses `fold_in(key, t)`.
+      noise: PRNG key of what hides the clients of a private run, which nobody knows; `()` of any other.
     """
 
     server: Tree
     clients: Tree
     last: Array
     key: Array
+    noise: Any = ()
 
 
 class Wire(NamedTuple):
@@ -67,6 +69,7 @@ def init(
     mesh: placement.Mesh | None = None,
     *,
     remember: bool = True,
+    noise: Any = (),
 ) -> RunState:
     """The state before round 0. Weights are kept in float32 or wider, whatever they were stored in:
     changes of a round would be lost in half precision. `remember=False` leaves out the memories.
@@ -74,7 +77,7 @@ def init(
     What it takes from `params` as it is, it shares with them.
     """
     begin, wide = partial(_begin, strategy, num_clients, remember), tree.wide(params)
-    args = (wide, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+    args = (wide, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), noise)
     taken, shapes = _taken(begin, *args)
     places = shardings(strategy, shapes, mesh) if mesh else jax.tree.map(lambda x: None, shapes)
     weights = {id(x) for x in jax.tree.leaves(wide) if isinstance(x, jax.Array)}
@@ -91,11 +94,17 @@ def init(
 
 
 def _begin(
-    strategy: Strategy, num_clients: int, remember: bool, params: Params, server_key: Array, run_key: Array
+    strategy: Strategy,
+    num_clients: int,
+    remember: bool,
+    params: Params,
+    server_key: Array,
+    run_key: Array,
+    noise: Any,
 ) -> RunState:
     server = strategy.init(params, server_key, num_clients)
     clients = memories(strategy, params, jnp.arange(num_clients)) if remember else ()
-    return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key)
+    return RunState(server, clients, jnp.full(num_clients, -1, jnp.int32), run_key, noise)
 
 
 def frozen(strategy: Strategy, params: Params, num_clients: int, moved: RunState) -> Any:
@@ -111,7 +120,7 @@ def frozen(strategy: Strategy, params: Params, num_clients: int, moved: RunState
       A tree like the state, of those leaves of `params`, with None for all else.
     """
     wide, key = jax.eval_shape(tree.wide, params), jax.random.key(0)
-    taken, _ = _taken(partial(_begin, strategy, num_clients, True), wide, key, key)
+    taken, _ = _taken(partial(_begin, strategy, num_clients, True), wide, key, key, moved.noise)
     own = {id(shape): leaf for shape, leaf in zip(*map(jax.tree.leaves, (wide, params)), strict=True)}
     return tree.without(moved, jax.tree.map(lambda x: own.get(id(x)), taken))
 
@@ -129,7 +138,7 @@ def shardings(strategy: Strategy, state: RunState, mesh: placement.Mesh) -> Any:
         placement.of_server(mesh, state.server, weights),
         placement.of_clients(mesh, state.clients, weights),
     )
-    return RunState(server, clients, whole, whole)
+    return RunState(server, clients, whole, whole, jax.tree.map(lambda key: whole, state.noise))
 
 
 class Engine(NamedTuple):
@@ -253,7 +262,7 @@ class Engine(NamedTuple):
         )
 
         weights = self.aggregator.weights(jnp.where(present, counts, 0), size)
-        noise = jax.random.fold_in(key, self.num_clients + 1)  # no client's
+        noise = jax.random.fold_in(state.noise, download.round) if self.aggregator.private else None
         upload = self.aggregator.upload(total, uploads, counts, present, size, noise)
         steps = self.steps
         if plan.steps is not None:
@@ -269,7 +278,7 @@ class Engine(NamedTuple):
         slots = slots.reshape(-1, self.chunk)  # as memories come: joined chunks are no longer spread
         clients = jax.tree.map(lambda rows, new: rows.at[slots].set(new, mode="drop"), state.clients, memory)
         last = state.last.at[plan.ids].set(download.round, mode="drop")  # who is absent was sent the round
-        return RunState(server, clients, last, state.key), metrics
+        return state._replace(server=server, clients=clients, last=last), metrics
 
     def catch_up(self, state: RunState, ids: Array, mask: Array, download, stack) -> dict[str, Array]:
         """Bytes that this round's clients, absent ones too, first need for the rounds they missed.

@@ -5,6 +5,7 @@ alone speaks and writes. Where one ends, the others do not wait for it: their ne
 coordinator, which hears of every process every few seconds, ends them.
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -96,6 +97,15 @@ def meet(what: str) -> None:
 def agreed(number: int) -> int:
     """The first process's number, in all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
+
+
+def secret_key() -> jax.Array:
+    """A PRNG key that follows from nothing: bits of the first process's operating system, in all of them."""
+    shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    words = np.frombuffer(os.urandom(4 * math.prod(shape)), np.uint32).reshape(shape)
+    if several():
+        words = multihost_utils.broadcast_one_to_all(words)
+    return jax.random.wrap_key_data(jax.numpy.asarray(words))
 
 
 def anywhere(flag: bool) -> bool:

@@ -80,20 +80,22 @@ def changes(config: Config, digests: Mapping[str, str] | None = None) -> dict[st
             f"rounds={config.rounds}: out_dir={config.out_dir!r} holds {done} rounds: give as many or more,"
             " or start in a new folder"
         )
-    private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort") if name in differing]
+    # The digest of the data covers who has what: "one of N clients" must be the same one in every round.
+    changed = differing | others
+    private = [name for name in ("dp_clip", "dp_noise", "clients", "cohort", DATA) if name in changed]
     if private and config.override and (config.dp_noise or "dp_noise" in differing):
         raise ValueError(
             f"out_dir={config.out_dir!r} cannot go on with other {', '.join(private)}: epsilon is that of"
             " a whole run; give the old values, or start in a new folder"
         )
-    if (differing or others) and not config.override:
+    if changed and not config.override:
         said = [f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items()]
         said += [f"{DIGESTS[name]} are not those it began with" for name in others]
         raise ValueError(
             f"out_dir={config.out_dir!r} cannot go on: {', '.join(said)}; give the old values, or --override"
             " to go on with the new ones"
         )
-    return differing | others  # files that the same flags name may be others
+    return changed
 
 
 def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -43,14 +43,18 @@ def guarantee(*, rounds: int, clients: int, cohort: int, noise: float) -> Guaran
         from dp_accounting import rdp
     except ImportError as error:
         raise ImportError("dp_noise is accounted for by dp-accounting: pip install dp-accounting") from error
-    accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
-    once = dp_accounting.GaussianDpEvent(noise / 2)
+    once, delta = dp_accounting.GaussianDpEvent(noise / 2), min(1e-5, clients**-1.1)
+
+    def epsilon(event):
+        accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
+        return float(accountant.compose(event, rounds).get_epsilon(delta))
+
+    # Who is drawn with others for a round is never hidden less than who is in all; the bound may say so.
     drawn = dp_accounting.SampledWithoutReplacementDpEvent(clients, cohort, once)
-    accountant.compose(drawn, rounds)
-    delta = min(1e-5, clients**-1.1)
     return Guarantee(
-        float(accountant.get_epsilon(delta)),
+        min(epsilon(once), epsilon(drawn)),
         delta,
         f"of the model, not of metrics.jsonl; another federation may differ in all data of one of {clients}"
-        f" clients; each round draws {cohort} without replacement, and nobody sees draws, noise or uploads",
+        f" clients; each round draws {cohort} without replacement, and nobody sees draws (nor the seed, which"
+        " they follow from), checkpoints (which hold the key of the noise) or uploads",
     )

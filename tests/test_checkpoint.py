@@ -347,6 +347,8 @@ def test_privacy_cannot_change_on_the_way(prepared, copy):
     config = folder.read_json(copy / "config.json")
     folder.write_json(copy / "config.json", config | noisy)
     longer = dataclasses.replace(on, rounds=99, **noisy)
+    with pytest.raises(ValueError, match="cannot go on with other data_digest: epsilon"):
+        journal.changes(longer, {"data_digest": "of other shares of them"})
     assert journal.changes(longer) == {"rounds": (config["rounds"], 99)}
 
 

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import N, absent, plan, setup
+from problem import N, absent, params, plan, setup
 
-from fedgalore_jax import aggregators, defences
+from fedgalore_jax import aggregators, blocks, defences, hosts
 from fedgalore_jax.config import Config
+
+
+def hidden(state):
+    return state._replace(noise=hosts.secret_key())
 
 
 def test_private_means_are_of_clipped_changes_and_carry_the_noise():
@@ -20,7 +24,7 @@ def test_private_means_are_of_clipped_changes_and_carry_the_noise():
     )
 
     def change(rounds, *missing, seed=0):
-        begin = state._replace(key=jax.random.key(seed))
+        begin = state._replace(noise=jax.random.key(seed))
         after, _ = rounds(begin, machine.train, absent(plan(range(1)), *missing), 1)
         moved = jax.tree.map(jnp.subtract, after.server.trainable, state.server.trainable)
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moved)])
@@ -45,14 +49,24 @@ def test_privacy_of_what_the_bound_does_not_cover_is_refused(method, options, na
     machine, _, state = setup(method, **options)
     machine = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
     with pytest.raises(ValueError, match=f"this one sends {names} besides: give another --method"):
-        machine.program().lower(state, machine.train, plan(range(1)), 1)
+        machine.program().lower(hidden(state), machine.train, plan(range(1)), 1)
+
+
+def test_noise_does_not_follow_from_the_seed():
+    """Two runs that share a seed would share it, and their difference would have none."""
+    machine, _, _ = setup("fedavg")
+    private = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0))
+    one, other = (blocks.start(Config(clients=N), private, params()) for _ in range(2))
+    assert (jax.random.key_data(one.noise) != jax.random.key_data(other.noise)).any()
+    assert (jax.random.key_data(one.key) == jax.random.key_data(other.key)).all()
+    assert blocks.start(Config(clients=N), machine, params()).noise == ()
 
 
 @pytest.mark.parametrize("method", ["rolora", "lora_a2"])
 def test_noise_moves_the_factor_in_turn_alone(method):
     machine, _, state = setup(method)
     private = machine._replace(aggregator=aggregators.Aggregator(clip=0.1, noise=1.0)).rounds()
-    after, _ = private(state, machine.train, plan(range(1)), 1)
+    after, _ = private(hidden(state), machine.train, plan(range(1)), 1)
     old, new = (s.server.trainable["layers/kernel"] for s in (state, after))
     np.testing.assert_array_equal(new.a, old.a)
     assert np.abs(new.b - old.b).max() > 1e-3
@@ -70,9 +84,9 @@ def test_privacy_and_decay_are_for_clients_with_weights_in_full():
     options = {"sync": "none", "weight_decay": 0.1}
     machine, _, state = setup("fedgalore", **options)
     with pytest.raises(ValueError, match="give --weight_decay=0, or --client_weights=dense"):
-        machine._replace(aggregator=private).program().lower(state, machine.train, plan(range(1)), 1)
+        machine._replace(aggregator=private).program().lower(hidden(state), machine.train, plan(range(1)), 1)
     machine, _, state = setup("fedgalore", **options, client_weights="dense")
-    machine._replace(aggregator=private).program().lower(state, machine.train, plan(range(1)), 1)
+    machine._replace(aggregator=private).program().lower(hidden(state), machine.train, plan(range(1)), 1)
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism():
@@ -93,4 +107,5 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
     exact = brentq(lambda epsilon: delta(epsilon) - promised.delta, 1e-6, 10)
     assert promised.delta == 1e-5 and exact < promised.epsilon < 1.15 * exact
     fewer = guarantee(rounds=9, clients=100, cohort=5, noise=30.0)
-    assert fewer.epsilon < promised.epsilon and "draws 5 without replacement" in fewer.assumes
+    most = guarantee(rounds=9, clients=100, cohort=99, noise=30.0)
+    assert fewer.epsilon < most.epsilon <= promised.epsilon and "draws 5 without replacement" in fewer.assumes
