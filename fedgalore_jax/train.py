@@ -95,7 +95,9 @@ def execute(
     stop: Callable[[], bool] = never,
     draw: Callable[[Result], None] = lambda result: None,
 ) -> Result:
-    """Trains, judges on the test split, and writes; see `run`.
+    """Trains, saves, judges on the test split, and writes; see `run`.
+
+    The models are saved first: a test that fails costs none.
 
     Args:
       prepared: the run.
@@ -125,9 +127,9 @@ def execute(
             params = hosts.fetch(params)
         if out and journal.complete:
             return Result(params, history, read_json(out / SUMMARY))
-        result = Result(params, history, summary(prepared, history, loop.test(state, params)))
         if out:
             save_models(out, prepared, state, params, say)
+        result = Result(params, history, summary(prepared, history, loop.test(state, params)))
         if out and hosts.first():
             draw(result)
             write_json(out / SUMMARY, result.summary)

@@ -264,6 +264,18 @@ def test_after_the_last_round_only_the_writing_is_left(prepared, whole, tmp_path
     same(out, whole)
 
 
+def test_a_test_that_fails_costs_no_model(prepared, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(train._Loop, "test", None)
+        execute(prepared, out, resume=True)
+    assert (out / "model" / "model.safetensors").exists() and not (out / "summary.json").exists()
+    execute(prepared, out, resume=True)
+    same(out, whole)
+
+
 def test_a_complete_run_is_left_alone(flags, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     launch(*flags, "--resume", f"--out_dir={whole}")
