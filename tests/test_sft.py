@@ -98,6 +98,12 @@ def test_long_samples_are_cut_or_dropped_and_counted(model, tmp_path):
     assert data.notes[0].startswith("2 of 22 train samples were longer than 64 tokens: 1 dropped")
 
 
+def test_tokens_that_the_model_does_not_know(tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m", vocab_size=262)
+    with pytest.raises(ValueError, match=r"gives token \d+, and its config.json has vocab_size=262"):
+        tasks.get("sft").load(Source(model, write(tmp_path / "a.jsonl")))
+
+
 def test_bad_columns(model, tmp_path):
     source = Source(model, write(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match="'answers' is missing in train: its columns are 'prompt', 'answer'"):

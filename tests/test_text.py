@@ -89,6 +89,19 @@ def test_long_texts_are_cut_to_the_positions_and_counted(tmp_path):
     assert longest == 30 and [note for note in data.notes if "1 of" in note and "30 tokens" in note]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": 20}, r"gives token \d+, and its config.json has vocab_size=20: copy the model's own"),
+        ({"type_vocab_size": 1}, "gives token type 1, and its config.json has type_vocab_size=1: give one"),
+    ],
+)
+def test_tokens_that_the_model_does_not_know(config, message, tmp_path):
+    model = tiny_tokenizer.encoder(tmp_path / "m", **config)
+    with pytest.raises(ValueError, match=message):
+        TEXT.load(Source(model, write(tmp_path / "a.jsonl"), text_column="text,user"))
+
+
 def test_the_cache_is_used_keyed_and_rebuilt(model, tmp_path, monkeypatch):
     cache, texts = tmp_path / "cache", ["a good film", "a bad film"]
     first = np.array(tokens.encode(model, texts, None, 32, cache).ids)

@@ -236,6 +236,7 @@ def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
         list(map(str, pairs.answers)),
     )
     arrays = cached(source.cache, key, compute)
+    tokens.check(source.model, arrays["ids"])
     prompts, answers = np.diff(arrays["ends"], prepend=0).reshape(-1, 2).T
     return Encoded(arrays["ids"], arrays["ends"][::2] - prompts, prompts, prompts + answers)
 

@@ -23,6 +23,9 @@ FILES = (
 )
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
 
+MANY = 2**31 - 1
+"""Where a `config.json` names no limit."""
+
 
 class Encoded(NamedTuple):
     """Token ids of n texts, ragged.
@@ -65,15 +68,42 @@ def copy(model: pathlib.Path, to: pathlib.Path) -> None:
 
 def positions(model: pathlib.Path) -> int:
     """Tokens that a model's positions allow, by its `config.json`."""
-    path = model / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: choose a model directory in Hugging Face's layout")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    most = config.get("max_position_embeddings", 2**31 - 1)
+    config = _config(model)
+    most = config.get("max_position_embeddings", MANY)
     # RoBERTa counts positions from the padding token's id + 1 (models/roberta in transformers) [V].
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         return most - config.get("pad_token_id", 1) - 1
     return most
+
+
+def vocabulary(model: pathlib.Path) -> int:
+    """Tokens that a model knows, by its `config.json`."""
+    return _config(model).get("vocab_size", MANY)
+
+
+def check(model: pathlib.Path, ids: np.ndarray, types: np.ndarray | None = None) -> None:
+    """Sees that a model knows these tokens and token types: JAX would take others in their place.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if (most := ids.max()) >= (size := vocabulary(model)):
+        raise ValueError(
+            f"the tokenizer of {model} gives token {most}, and its config.json has vocab_size={size}:"
+            " copy the model's own tokenizer, or resize the model"
+        )
+    if types is not None and (most := types.max()) >= (size := _config(model).get("type_vocab_size", MANY)):
+        raise ValueError(
+            f"the tokenizer of {model} gives token type {most}, and its config.json has"
+            f" type_vocab_size={size}: give one column of texts, or choose another model"
+        )
+
+
+def _config(model: pathlib.Path) -> dict[str, Any]:
+    path = model / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: choose a model directory in Hugging Face's layout")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def encode(
@@ -96,7 +126,7 @@ def encode(
       An `Encoded`.
 
     Raises:
-      ValueError: nothing but special tokens fits.
+      ValueError: nothing but special tokens fits, or the model does not know a token.
     """
 
     def compute(_: Empty) -> Arrays:
@@ -128,6 +158,7 @@ def encode(
     arrays = cached(
         cache, (fingerprint(model), "encode", max_length, list(texts), pairs and list(pairs)), compute
     )
+    check(model, arrays["ids"], arrays["types"])
     return Encoded(arrays["ids"], arrays["types"], arrays["ends"], int(arrays["cut"]))
 
 
