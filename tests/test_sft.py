@@ -14,6 +14,8 @@ from fedgalore_jax.data import IGNORE, Source, packages, sft, tokens, word_probl
 from fedgalore_jax.loading import with_classes
 from fedgalore_jax.models import llama
 
+BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+BARE += "{% if add_generation_prompt %}assistant: {% endif %}"
 ROWS = [
     {"prompt": f"how many are {i} + 1", "answer": f"{i + 1} #### {i + 1}", "user": f"u{i % 2}"}
     for i in range(20)
@@ -46,6 +48,44 @@ def test_only_the_answer_is_learned_and_generation_starts_from_the_same_prompt(m
         np.testing.assert_array_equal(prompt[mask > 0], test.inputs["input_ids"][i][real & ~learned])
         assert mask[-1] == 1 and (np.diff(mask) >= 0).all()  # padded on the left
     assert own.convert_tokens_to_ids(end) in data.generation.eos
+
+
+def edit(folder, *without, file="tokenizer_config.json", **changes):
+    path = folder / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if k not in without}))
+
+
+def learned(model, tmp_path):
+    """What is learned as the answer "1", and the end tokens."""
+    rows = [{"prompt": f"{i} ?", "answer": "1"} for i in range(3)]
+    data = tasks.get("sft").load(Source(model, write(tmp_path / "one.jsonl", rows)))
+    labels = data.train.labels[0]
+    return tokens.tokenizer(model).decode(labels[labels != IGNORE]).strip(), data.generation.eos
+
+
+@pytest.mark.parametrize(("end", "text"), [(0, "1<eos>"), (4, "1<|end|>"), ([4, 0], "1<|end|>")])
+def test_a_model_may_name_its_end_where_its_tokenizer_does_not(end, text, tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m")
+    edit(model, "eos_token")
+    edit(model, file="generation_config.json", eos_token_id=end)
+    assert learned(model, tmp_path) == (text, tuple(np.ravel(end)))
+
+
+def test_a_chat_template_ends_answers_with_any_added_token_or_they_get_an_end(tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m", chat=True)
+    edit(model, "additional_special_tokens")
+    assert learned(model, tmp_path) == ("1<|end|>", (0, 4))
+    edit(model, chat_template=BARE)
+    assert learned(model, tmp_path) == ("1<eos>", (0,))
+
+
+@pytest.mark.parametrize("end", ["x", 330, -1])
+def test_an_end_that_the_model_does_not_know_is_refused(end, tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m", vocab_size=330)
+    edit(model, file="generation_config.json", eos_token_id=end)
+    with pytest.raises(ValueError, match=rf"the end token {end!r} of .*/m is not in \[0, 330\), the model's"):
+        learned(model, tmp_path)
 
 
 def test_a_perfect_answer_scores_and_text_after_the_end_does_not_count(model, tmp_path):

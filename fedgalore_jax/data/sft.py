@@ -1,9 +1,9 @@
 """Supervised fine-tuning of decoders on prompts and answers, with the loss on the answer only.
 
 A model whose tokenizer has a chat template gets the prompt as the user's turn and the answer as the
-assistant's. Any other gets the common harness's plain form, "Question: ...\\nAnswer: ..." [M], and its end
-token after the answer. Prompt and answer are tokenised apart, so that training shows exactly the prompt
-tokens that generation starts from.
+assistant's. Any other gets the common harness's plain form, "Question: ...\\nAnswer: ..." [M]. An answer
+that its form does not end gets the end token. Prompt and answer are tokenised apart, so that training shows
+exactly the prompt tokens that generation starts from.
 """
 
 import functools
@@ -88,7 +88,7 @@ def read(source: Source, file: str) -> Asked:
     """Prompts to be answered: the prompt's column of a table."""
     prompts = tables.columns(tables.read(pathlib.Path(file)), _columns(source)[:1], file)[0]
     pairs, own = Pairs(prompts, [""] * len(prompts)), tokens.tokenizer(source.model)
-    encoded = _encode(source, own, pairs)
+    encoded = _encode(source, own, ends(source.model, own), pairs)
     questions, _ = _questions(source, own, encoded, pairs.answers, exact_match, MAX_NEW_TOKENS)
     return Asked(range(1, len(prompts) + 1), questions)
 
@@ -119,14 +119,15 @@ def build(
       `splits["train"]` that were kept, for the caller to put classes in their place.
 
     Raises:
-      ValueError: no training answer fits behind its prompt.
+      ValueError: no training answer fits behind its prompt, or the model does not know a token.
     """
     positions = tokens.positions(source.model)
     limit = min(source.max_length or MAX_LENGTH, positions)
     own, notes = tokens.tokenizer(source.model), []
-    pad = _padding(own, ends(source.model, own))
+    end = ends(source.model, own)
+    pad = _padding(own, end)
     parts, kept = {}, {}
-    encoded = {name: _encode(source, own, pairs) for name, pairs in splits.items()}
+    encoded = {name: _encode(source, own, end, pairs) for name, pairs in splits.items()}
     for name, (_, _, prompts, lengths) in encoded.items():
         kept[name] = np.flatnonzero(prompts < limit)
         if not len(kept[name]):
@@ -179,7 +180,7 @@ def _padding(own: Any, end: tuple[int, ...]) -> int:
 def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:
     """A prompt as the model sees it, and the answer as it is to be continued with."""
     if not own.chat_template:
-        return PLAIN.format(prompt), f" {answer.strip()}{own.eos_token}"
+        return PLAIN.format(prompt), f" {answer.strip()}"
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     try:
         before = own.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
@@ -193,16 +194,23 @@ def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:
 
 def ends(model: pathlib.Path, own: Any) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's, `generation_config.json`'s, the chat template's."""
-    found = [] if own.eos_token_id is None else [own.eos_token_id]
-    path = model / "generation_config.json"
+    named, path = [own.eos_token_id], model / "generation_config.json"
     if path.exists():
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        found += more if isinstance(more, list) else [more]
+        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        named += more if isinstance(more, list) else [more]
+    found = [token for token in named if token is not None]
+    answer = render(own, "a", "b")[1]
+    last = own(answer, add_special_tokens=False)["input_ids"][-1]
+    if last in own.all_special_ids or last in own.added_tokens_decoder:
+        found.append(last)
     if not found:
         raise ValueError(f"the tokenizer of {model} has no eos_token: name one in tokenizer_config.json")
-    last = own(render(own, "a", "b")[1], add_special_tokens=False)["input_ids"][-1]
-    if last in own.all_special_ids:
-        found.append(last)
+    size = tokens.vocabulary(model)
+    if wrong := [token for token in found if type(token) is not int or not 0 <= token < size]:
+        raise ValueError(
+            f"the end token {wrong[0]!r} of {model} is not in [0, {size}), the model's vocabulary: correct"
+            " eos_token in tokenizer_config.json, or eos_token_id in generation_config.json"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -215,8 +223,8 @@ def decode(own: Any, end: tuple[int, ...], generated: np.ndarray) -> list[str]:
     return texts
 
 
-def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
-    """Tokens of prompts and of answers."""
+def _encode(source: Source, own: Any, end: tuple[int, ...], pairs: Pairs) -> Encoded:
+    """Tokens of prompts and of answers, which all end in an end token."""
 
     def compute(_: Empty) -> Arrays:
         texts = [render(own, str(p), str(a)) for p, a in zip(*pairs, strict=True)]
@@ -225,6 +233,7 @@ def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
         prompts = own([p for p, _ in texts], add_special_tokens=plain, verbose=False)["input_ids"]
         prompts = [p[:-1] if plain and p[-1] == own.eos_token_id else p for p in prompts]
         answers = own([a for _, a in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        answers = [a if a and a[-1] in end else [*a, end[0]] for a in answers]
         rows = [np.asarray(row, np.int32) for both in zip(prompts, answers, strict=True) for row in both]
         return {"ids": np.concatenate(rows), "ends": np.cumsum([len(row) for row in rows])}
 
@@ -232,6 +241,7 @@ def _encode(source: Source, own: Any, pairs: Pairs) -> Encoded:
         tokens.fingerprint(source.model),
         "sft",
         PLAIN,
+        list(end),
         list(map(str, pairs.prompts)),
         list(map(str, pairs.answers)),
     )
