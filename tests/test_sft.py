@@ -88,6 +88,15 @@ def test_an_end_that_the_model_does_not_know_is_refused(end, tmp_path):
         learned(model, tmp_path)
 
 
+def test_padding_that_the_model_does_not_know_is_not_used(tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m", vocab_size=320)
+    edit(model, pad_token="<new>")
+    assert tokens.tokenizer(model).pad_token_id == 320
+    data = tasks.get("sft").load(Source(model, write(tmp_path / "a.jsonl")))
+    ids = (data.train.inputs["input_ids"][:], data.generation.inputs["input_ids"])
+    assert data.generation.pad == 0 and max(map(np.max, ids)) < 320
+
+
 def test_a_perfect_answer_scores_and_text_after_the_end_does_not_count(model, tmp_path):
     data = tasks.get("sft").load(Source(model, write(tmp_path / "a.jsonl")))
     generation, own = data.generation, tokens.tokenizer(model)

@@ -125,7 +125,7 @@ def build(
     limit = min(source.max_length or MAX_LENGTH, positions)
     own, notes = tokens.tokenizer(source.model), []
     end = ends(source.model, own)
-    pad = _padding(own, end)
+    pad = _padding(source.model, own, end)
     parts, kept = {}, {}
     encoded = {name: _encode(source, own, end, pairs) for name, pairs in splits.items()}
     for name, (_, _, prompts, lengths) in encoded.items():
@@ -163,7 +163,7 @@ def _questions(
         notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
     prompts = [p[-room:] for p in prompts]
     length = min(buckets.bucket(max(map(len, prompts))), room)
-    pad = _padding(own, end)
+    pad = _padding(source.model, own, end)
     inputs = {
         "input_ids": buckets.pad_left(prompts, length, pad),
         "attention_mask": buckets.pad_left([np.ones(len(p)) for p in prompts], length, 0),
@@ -173,8 +173,10 @@ def _questions(
     return Generation(inputs, references, understand, score, end, pad, max_new_tokens), notes
 
 
-def _padding(own: Any, end: tuple[int, ...]) -> int:
-    return own.pad_token_id if own.pad_token_id is not None else end[0]
+def _padding(model: pathlib.Path, own: Any, end: tuple[int, ...]) -> int:
+    pad = own.pad_token_id
+    # Some tokenizers were given a padding token that their model was not.
+    return end[0] if pad is None or pad >= tokens.vocabulary(model) else pad
 
 
 def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:
