@@ -80,6 +80,22 @@ def test_a_chat_template_ends_answers_with_any_added_token_or_they_get_an_end(tm
     assert learned(model, tmp_path) == ("1<eos>", (0,))
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", r"the chat template of .*/m fails \(Unexpected end of template"),
+        ("{{ raise_exception('no') }}", r"the chat template of .*/m fails \(no\): correct it, or remove it"),
+        ("{{ messages[5].content }}", "fails .*has no element 5"),
+        ("{{ messages[0].content }}", "leaves the answer out"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(template, message, tmp_path):
+    model = tiny_tokenizer.decoder(tmp_path / "m")
+    edit(model, chat_template=template)
+    with pytest.raises(ValueError, match=message):
+        learned(model, tmp_path)
+
+
 @pytest.mark.parametrize("end", ["x", 330, -1])
 def test_an_end_that_the_model_does_not_know_is_refused(end, tmp_path):
     model = tiny_tokenizer.decoder(tmp_path / "m", vocab_size=330)

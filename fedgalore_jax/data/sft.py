@@ -189,6 +189,10 @@ def render(own: Any, prompt: str, answer: str) -> tuple[str, str]:
         whole = own.apply_chat_template(turns, tokenize=False)
     except ImportError as error:
         raise ImportError("chat templates are rendered by jinja2: pip install jinja2") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise ValueError(
+            f"the chat template of {own.name_or_path} fails ({error}): correct it, or remove it"
+        ) from error
     if not whole.startswith(before):
         raise ValueError("the chat template changes the prompt once it is answered: it cannot be trained on")
     return before, whole[len(before) :].rstrip("\n")
@@ -202,6 +206,11 @@ def ends(model: pathlib.Path, own: Any) -> tuple[int, ...]:
         named += more if isinstance(more, list) else [more]
     found = [token for token in named if token is not None]
     answer = render(own, "a", "b")[1]
+    if "b" not in answer:
+        raise ValueError(
+            f"the chat template of {model} leaves the answer out: it cannot be trained on; correct it, or"
+            " remove it"
+        )
     last = own(answer, add_special_tokens=False)["input_ids"][-1]
     if last in own.all_special_ids or last in own.added_tokens_decoder:
         found.append(last)
