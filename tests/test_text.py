@@ -119,6 +119,15 @@ def test_the_cache_is_used_keyed_and_rebuilt(model, tmp_path, monkeypatch):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 4
 
 
+def test_added_tokens_belong_to_the_tokenizer(tmp_path):
+    model, copied = tiny_tokenizer.encoder(tmp_path / "m"), tmp_path / "copied"
+    copied.mkdir()
+    before = tokens.fingerprint(model)
+    (model / "added_tokens.json").write_text('{"<user>": 117}')
+    tokens.copy(model, copied)
+    assert tokens.fingerprint(copied) == tokens.fingerprint(model) != before
+
+
 def test_buckets_keep_every_token_of_every_sample(model, tmp_path):
     rows = [
         *ROWS,

@@ -21,7 +21,13 @@ FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 MANY = 2**31 - 1
 """Where a `config.json` names no limit."""
