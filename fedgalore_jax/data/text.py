@@ -52,11 +52,12 @@ def load(source: Source) -> Dataset:
 def read(source: Source, file: str) -> Asked:
     """Texts to be classified: the `text_column` of a table."""
     texts = tables.columns(tables.read(pathlib.Path(file)), _columns(source), file)
-    limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
+    positions = tokens.positions(source.model)
+    limit = min(source.max_length or MAX_LENGTH, positions)
     strings = [[str(value) for value in column] for column in texts]
     pairs = strings[1] if len(strings) == 2 else None
     encoded = tokens.encode(source.model, strings[0], pairs, limit, source.cache)
-    inputs = tokens.batch(encoded, *tokens.special(source.model))
+    inputs = tokens.batch(encoded, *tokens.special(source.model), positions)
     n = len(strings[0])
     return Asked(range(1, n + 1), Split(inputs, np.zeros(n, np.int32)))
 
@@ -91,7 +92,8 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
     }
     notes: list[str] = []
     parts: dict[str, Split] = {}
-    limit = min(source.max_length or MAX_LENGTH, tokens.positions(source.model))
+    positions = tokens.positions(source.model)
+    limit = min(source.max_length or MAX_LENGTH, positions)
     pad, with_types = tokens.special(source.model)
     for name, table in found.items():
         # A user's texts were looked at in `load`; of QQP's questions two are empty, and stay.
@@ -101,7 +103,7 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
         encoded = tokens.encode(source.model, texts[0], pairs, limit, source.cache)
         if encoded.cut:
             notes.append(f"{encoded.cut} of {len(texts[0])} {name} texts were cut to {limit} tokens")
-        parts[name] = Split(tokens.batch(encoded, pad, with_types), encoded_labels[name])
+        parts[name] = Split(tokens.batch(encoded, pad, with_types, positions), encoded_labels[name])
     domains, domain_names = natural_key(found, where.domain)
     classes = encoded_labels["train"]
     return Dataset(

@@ -185,10 +185,10 @@ def special(model: pathlib.Path) -> tuple[int, bool]:
     return own.pad_token_id, "token_type_ids" in own.model_input_names
 
 
-def batch(encoded: Encoded, pad: int, with_types: bool) -> dict[str, Rows]:
-    """Model inputs `[n, L]`, padded on the right to the bucket of the longest text."""
+def batch(encoded: Encoded, pad: int, with_types: bool, most: int) -> dict[str, Rows]:
+    """Model inputs `[n, L]`, padded on the right to the bucket of the longest text, `most` tokens at most."""
     lengths = np.diff(encoded.ends, prepend=0)
-    rows = encoded.ends - lengths, lengths, buckets.bucket(lengths.max())
+    rows = encoded.ends - lengths, lengths, min(buckets.bucket(lengths.max()), most)
     types: dict[str, Rows] = {"token_type_ids": Padded(encoded.types, *rows, 0)} if with_types else {}
     return inputs(encoded.ids, *rows, pad) | types
 
