@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -256,12 +257,13 @@ def _use(values: flags.FlagValues) -> None:
         if values[name].value == "":
             raise ValueError(f"{name}='' is not usable: give a value, or leave it out")
     config = our_flags.configs(values)[0]
+    note = functools.partial(print, file=sys.stderr)  # what asks reads answers alone on standard output
     if values.evaluate is not None:
-        print(json.dumps(saved.evaluate(dataclasses.replace(config, model=values.evaluate))))
+        print(json.dumps(saved.evaluate(dataclasses.replace(config, model=values.evaluate), say=note)))
         return
     if config.model is None:
         raise ValueError("predict needs --model, the directory of a saved model")
-    for answer in saved.predict(config, values.predict):
+    for answer in saved.predict(config, values.predict, say=note):
         print(json.dumps(answer, ensure_ascii=False))
 
 

@@ -1,6 +1,6 @@
 """What a saved model is good for: its metrics on a task's test split, its answers to new data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,14 +13,20 @@ from fedgalore_jax.evaluation import evaluator, generated, test_metrics
 from fedgalore_jax.loading import Model, judged, load_data, model_path, source, with_classes
 
 
-def evaluate(config: Config) -> dict[str, float]:
+def evaluate(config: Config, *, say: Callable[[str], None] = print) -> dict[str, float]:
     """The task's metrics of the model that `config.model` names, as it is, on the test split.
+
+    Args:
+      config: names the task and the model.
+      say: takes a line for whatever was left out or cut of the data.
 
     Raises:
       ValueError: the model has no head for the task's labels.
     """
     task = tasks.get(config.task)
     dataset = judged(config, load_data(config, task))
+    for note in dataset.notes:
+        say(note)
     fns, params = _as_saved(config, task, dataset.num_labels)
     fns = with_classes(fns, dataset, drawn=False)
     asked = evaluator(task, fns)
@@ -31,19 +37,22 @@ def evaluate(config: Config) -> dict[str, float]:
     )
 
 
-def predict(config: Config, file: str) -> Iterator[dict[str, Any]]:
+def predict(config: Config, file: str, *, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
     """The model's answer to every sample of a file, in its order.
 
     Args:
       config: names the task and the model; `text_column` says what is read.
       file: for texts a csv, jsonl or parquet file, for images a folder, for prompts a jsonl file.
+      say: takes a line for whatever was cut of them.
 
     Yields:
       The `sample` (its row, or its file) and the `label` and `score` of the best class, the `value` of a
       regression, or the `answer` of a language model.
     """
     task = tasks.get(config.task)
-    names, asked = task.read(source(config, task), file)
+    names, asked, notes = task.read(source(config, task), file)
+    for note in notes:
+        say(note)
     fns, params = _as_saved(config, task, None)
     if isinstance(asked, Generation):
         answers = generated(fns, params, asked)

@@ -77,6 +77,13 @@ def test_a_table_with_clients_of_its_own(encoder, tmp_path, capsys):
     assert [a["sample"] for a in answers] == [1, 2]
     assert all(a["label"] in ("bad", "good") and 0.5 <= a["score"] <= 1 for a in answers)
 
+    launch("--task=text", f"--model={out / 'model'}", f"--predict={asked}", "--max_length=3")
+    assert capsys.readouterr().err == (
+        f"2 of 2 texts of {asked} were cut to 3 tokens: raise --max_length to read more\n"
+    )
+    launch(*own, f"--evaluate={out / 'model'}", "--max_length=3")
+    assert "6 of 6 texts of test were cut to 3 tokens" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("name", ["mnli", "stsb"])
 def test_glue_from_files_of_its_schema(encoder, tmp_path, name):
@@ -114,9 +121,11 @@ def test_prompts_and_answers(decoder, tmp_path, capsys):
     records = lines(out / "metrics.jsonl")
     assert records[-1]["loss"] < records[0]["loss"]
     capsys.readouterr()
-    asked = table(tmp_path / "asked.jsonl", [{"prompt": "how many ? 1"}])
+    asked = table(tmp_path / "asked.jsonl", [{"prompt": "how many ? 1" * 20}])
     launch("--task=sft", f"--model={out / 'model'}", f"--predict={asked}")
-    (answer,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    said = capsys.readouterr()
+    assert said.err == "1 of 1 prompts lost their beginning: 64 tokens fit\n"
+    (answer,) = (json.loads(line) for line in said.out.splitlines())
     assert answer["sample"] == 1 and isinstance(answer["answer"], str)
 
 

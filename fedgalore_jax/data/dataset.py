@@ -96,10 +96,12 @@ class Asked(NamedTuple):
     Attributes:
       names: of the n samples: row numbers from 1 on, or files.
       samples: inputs with labels of 0, or prompts.
+      notes: what was cut, a line each, to be shown.
     """
 
     names: Sequence[int | str]
     samples: Split | Generation
+    notes: tuple[str, ...] = ()
 
 
 class Dataset(NamedTuple):

@@ -89,8 +89,8 @@ def read(source: Source, file: str) -> Asked:
     prompts = tables.columns(tables.read(pathlib.Path(file)), _columns(source)[:1], file)[0]
     pairs, own = Pairs(prompts, [""] * len(prompts)), tokens.tokenizer(source.model)
     encoded = _encode(source, own, ends(source.model, own), pairs)
-    questions, _ = _questions(source, own, encoded, pairs.answers, exact_match, MAX_NEW_TOKENS)
-    return Asked(range(1, len(prompts) + 1), questions)
+    questions, notes = _questions(source, own, encoded, pairs.answers, exact_match, MAX_NEW_TOKENS)
+    return Asked(range(1, len(prompts) + 1), questions, tuple(notes))
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -160,7 +160,7 @@ def _questions(
     max_new_tokens = min(max_new_tokens, positions // 2)
     room, notes = positions - max_new_tokens, []
     if cut := sum(len(p) > room for p in prompts):
-        notes.append(f"{cut} of {len(prompts)} test prompts lost their beginning: {room} tokens fit")
+        notes.append(f"{cut} of {len(prompts)} prompts lost their beginning: {room} tokens fit")
     prompts = [p[-room:] for p in prompts]
     length = min(buckets.bucket(max(map(len, prompts))), room)
     pad = _padding(source.model, own, end)

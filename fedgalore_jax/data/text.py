@@ -8,6 +8,7 @@ import numpy as np
 
 from fedgalore_jax.data import tables, tokens
 from fedgalore_jax.data.dataset import Asked, Dataset, Source, Split, bins
+from fedgalore_jax.data.padded import Rows
 from fedgalore_jax.data.tables import Table
 
 MAX_LENGTH = 128
@@ -52,14 +53,24 @@ def load(source: Source) -> Dataset:
 def read(source: Source, file: str) -> Asked:
     """Texts to be classified: the `text_column` of a table."""
     texts = tables.columns(tables.read(pathlib.Path(file)), _columns(source), file)
+    inputs, notes = _inputs(source, texts, file, *tokens.special(source.model))
+    n = len(texts[0])
+    return Asked(range(1, n + 1), Split(inputs, np.zeros(n, np.int32)), tuple(notes))
+
+
+def _inputs(
+    source: Source, columns: Sequence[Sequence[Any]], where: str, pad: int, with_types: bool
+) -> tuple[dict[str, Rows], list[str]]:
+    """Model inputs of one column of texts or of two, and what was cut of them."""
     positions = tokens.positions(source.model)
     limit = min(source.max_length or MAX_LENGTH, positions)
-    strings = [[str(value) for value in column] for column in texts]
-    pairs = strings[1] if len(strings) == 2 else None
-    encoded = tokens.encode(source.model, strings[0], pairs, limit, source.cache)
-    inputs = tokens.batch(encoded, *tokens.special(source.model), positions)
-    n = len(strings[0])
-    return Asked(range(1, n + 1), Split(inputs, np.zeros(n, np.int32)))
+    texts, *pairs = [[str(value) for value in column] for column in columns]
+    encoded = tokens.encode(source.model, texts, pairs[0] if pairs else None, limit, source.cache)
+    notes = []
+    if encoded.cut:
+        remedy = ": raise --max_length to read more" if limit < positions else ""
+        notes.append(f"{encoded.cut} of {len(texts)} texts of {where} were cut to {limit} tokens{remedy}")
+    return tokens.batch(encoded, pad, with_types, positions), notes
 
 
 def _columns(source: Source) -> tuple[str, ...]:
@@ -92,18 +103,13 @@ def classification(found: dict[str, Table], where: Columns, source: Source) -> D
     }
     notes: list[str] = []
     parts: dict[str, Split] = {}
-    positions = tokens.positions(source.model)
-    limit = min(source.max_length or MAX_LENGTH, positions)
-    pad, with_types = tokens.special(source.model)
+    special = tokens.special(source.model)
     for name, table in found.items():
         # A user's texts were looked at in `load`; of QQP's questions two are empty, and stay.
         columns = tables.columns(table, where.texts, name, blank=True)
-        texts = [[str(value) for value in column] for column in columns]
-        pairs = texts[1] if len(texts) == 2 else None
-        encoded = tokens.encode(source.model, texts[0], pairs, limit, source.cache)
-        if encoded.cut:
-            notes.append(f"{encoded.cut} of {len(texts[0])} {name} texts were cut to {limit} tokens")
-        parts[name] = Split(tokens.batch(encoded, pad, with_types, positions), encoded_labels[name])
+        inputs, cut = _inputs(source, columns, name, *special)
+        notes += cut
+        parts[name] = Split(inputs, encoded_labels[name])
     domains, domain_names = natural_key(found, where.domain)
     classes = encoded_labels["train"]
     return Dataset(
