@@ -234,6 +234,13 @@ def test_test_labels_and_clients_must_be_known_to_training(model, tmp_path):
         TEXT.load(Source(model, str(tmp_path), client_column="user"))
 
 
+def test_targets_of_a_regression_are_numbers(model, tmp_path):
+    for name, label in (("train", 1.5), ("validation", "x")):
+        write(tmp_path / f"{name}.jsonl", [("a", "b", label)] * 20, ("sentence1", "sentence2", "label"))
+    with pytest.raises(ValueError, match="label 'x' of sample 1 of the test split is no number"):
+        tasks.get("glue/stsb").load(Source(model, str(tmp_path)))
+
+
 def test_only_training_needs_clients(model, tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "test.jsonl", [row[:2] for row in ROWS[:5]], ("text", "label"))

@@ -146,7 +146,7 @@ def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_ind
     A label is a class's name, white space at its ends aside, or, if `by_index`, its index too.
     """
     if not names:
-        return np.array([float(value) for value in values], np.float32)
+        return np.array([_number(value, where, i) for i, value in enumerate(values, 1)], np.float32)
     index = {str(i): i for i in range(len(names))} if by_index else {}
     index |= {name.strip(): i for i, name in enumerate(names)}
     strings = [str(value).strip() for value in values]
@@ -155,6 +155,15 @@ def numbers(values: Sequence[Any], names: tuple[str, ...], where: str, *, by_ind
             f"label {unknown[0]!r} of the {where} split is unknown: the classes are {', '.join(names)}"
         )
     return np.array([index[value] for value in strings], np.int32)
+
+
+def _number(value: Any, where: str, sample: int) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"label {value!r} of sample {sample} of the {where} split is no number: correct it, or drop it"
+        ) from None
 
 
 def natural_key(found: dict[str, Table], column: str | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
