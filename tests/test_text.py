@@ -262,6 +262,14 @@ def test_a_model_without_a_tokenizer(tmp_path):
         TEXT.load(Source(tmp_path, write(tmp_path / "a.jsonl")))
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_tokenizer_is_named(content, tmp_path):
+    model = tiny_tokenizer.encoder(tmp_path / "m")
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"the tokenizer of .*/m cannot be read \(.*: copy its files again"):
+        tokens.tokenizer(model)
+
+
 def test_a_missing_package_names_its_command(monkeypatch):
     monkeypatch.setitem(packages.PACKAGES, "no-such-package", packages.Package("1.0", {}))
     with pytest.raises(ImportError, match=r"pip install --no-deps no-such-package==1\.0"):

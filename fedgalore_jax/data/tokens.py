@@ -55,6 +55,7 @@ def tokenizer(model: pathlib.Path) -> Any:
     Raises:
       ImportError: `transformers` is not installed.
       FileNotFoundError: the directory has no tokenizer; names the files looked for.
+      ValueError: it has one that cannot be read.
     """
     if not any((model / name).exists() for name in FILES):
         raise FileNotFoundError(f"{model} has no tokenizer: it needs one of {', '.join(FILES)}")
@@ -62,7 +63,15 @@ def tokenizer(model: pathlib.Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError("tokenizers come with transformers: pip install 'transformers>=5.17,<6'") from error
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except ImportError:
+        raise
+    except Exception as error:  # damage shows as whatever transformers stumbles over
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the tokenizer of {model} cannot be read ({reason}): copy its files again"
+        ) from error
 
 
 def copy(model: pathlib.Path, to: pathlib.Path) -> None:
