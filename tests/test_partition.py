@@ -50,6 +50,7 @@ def test_shards_bound_the_classes_of_a_client():
     assert max(len(set(CLASSES[part])) for part in split("shards", 20, shards=2)) <= 4
     assert np.ptp([len(part) for part in split("quantity", sigma=0.0)]) <= 1
     assert np.ptp([len(part) for part in split("quantity", sigma=1.0)]) > 50
+    assert sorted(len(part) for part in split("quantity", sigma=1e3)) == [10] * 7 + [530]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def _shards(classes: np.ndarray, clients: int, shards: int, rng: np.random.Gener
 def _quantity(n: int, clients: int, sigma: float, rng: np.random.Generator) -> list[np.ndarray]:
     if not 0 <= sigma < np.inf:
         raise ValueError(f"sigma={sigma} must be finite and not negative: 0 gives equal sizes")
-    sizes = rng.lognormal(0.0, sigma, clients)
+    logarithms = rng.standard_normal(clients)
+    sizes = np.exp(sigma * (logarithms - logarithms.max()))  # shares alone count, and none overflows
     cuts = np.round(np.cumsum(sizes / sizes.sum())[:-1] * n).astype(int)
     return _top_up(np.split(rng.permutation(n), cuts), rng)
 
