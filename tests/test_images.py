@@ -48,7 +48,11 @@ def test_named_splits_and_grey_images(model, tmp_path):
         fill(tmp_path / "data" / split, count=4)
     picture(tmp_path / "data/train/cat/grey.png", 7, mode="L")
     data = tasks.get("images").load(Source(model, str(tmp_path / "data")))
-    assert [len(s.labels) for s in data[:3]] == [9, 8, 8]
+    assert [len(s.labels) for s in data[:3]] == [9, 8, 8] and data.notes == ()
+    picture(tmp_path / "data/owl/0.png", 1)
+    data = tasks.get("images").load(Source(model, str(tmp_path / "data")))
+    assert data.label_names == ("cat", "dog")
+    assert data.notes == ("1 of 4 folders are no split and were left out, such as owl",)
 
 
 def test_domains_have_tests_of_their_own_and_official_lists_count(model, tmp_path):

@@ -49,7 +49,9 @@ class Item(NamedTuple):
 
 def load(source: Source) -> Dataset:
     """A user's folder, `--task=images`: `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`."""
-    return build(folder(_root(source)), source)
+    items, notes = folder(_root(source))
+    data = build(items, source)
+    return data._replace(notes=(*notes, *data.notes))
 
 
 def read(source: Source, path: str) -> Asked:
@@ -112,8 +114,11 @@ def cifar(name: str, source: Source) -> Dataset:
     return build(items, source)
 
 
-def folder(root: pathlib.Path) -> list[Item]:
-    """The images under `class/` or `split/class/`; a folder without folders is a class, whatever its name."""
+def folder(root: pathlib.Path) -> tuple[list[Item], list[str]]:
+    """The images under `class/` or `split/class/`, and what was left out beside the splits.
+
+    A folder without folders is a class, whatever its name.
+    """
     first = _folders(root)
     named = [path for path in first if path.name in SPLITS and _folders(path)]
     pairs = [(p, SPLITS[split.name]) for split in named for p in _folders(split)] or [(p, "") for p in first]
@@ -121,7 +126,10 @@ def folder(root: pathlib.Path) -> list[Item]:
         raise ValueError(
             f"data={str(root)!r} has no train/CLASS folders: there are {', '.join(p.name for p in named)}"
         )
-    return _items(root, pairs)
+    beside = [path.name for path in first if named and path not in named]
+    left_out = f"{len(beside)} of {len(first)} folders are no split and were left out"
+    notes = [f"{left_out}, such as {beside[0]}"] if beside else []
+    return _items(root, pairs), notes
 
 
 def _items(root: pathlib.Path, classes: Sequence[tuple[pathlib.Path, str]]) -> list[Item]:
