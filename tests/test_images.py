@@ -1,17 +1,21 @@
 """Images: folders, parquet, damaged files, and pixels as bytes."""
 
+import dataclasses
 import io
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_vit import CONFIG, DEIT
+from tiny_vit import model as tiny
 
-from fedgalore_jax import tasks
+from fedgalore_jax import models, tasks
 from fedgalore_jax.data import Source, digits, images, packages
-from fedgalore_jax.models import vit
+from fedgalore_jax.models import configs, vit
 
 
 @pytest.fixture
@@ -188,6 +192,54 @@ def test_the_model_normalises_bytes_as_floats_are_given_to_it():
     floats = ((pixels / 255 - config.image_mean) / config.image_std).astype(np.float32)
     ours, theirs = (fns.apply(params, {"pixel_values": jnp.array(x)}) for x in (pixels, floats))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    fns = vit.build(dataclasses.replace(config, image_std=(0.2, 0.3)))
+    fns.apply(params, {"pixel_values": jnp.array(floats)})  # is normalised already
+    with pytest.raises(ValueError, match=r"image_std=\(0\.2, 0\.3\): give one number for each of 3 channels"):
+        fns.apply(params, {"pixel_values": jnp.array(pixels)})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (CONFIG, {}),
+        (DEIT, {}),
+        (dataclasses.replace(DEIT, image_size=384, patch_size=96), {}),  # larger than transformers' crop
+        (DEIT, {"do_normalize": False}),
+        (CONFIG, {"do_rescale": False}),
+        (CONFIG, {"rescale_factor": 1 / 127.5, "image_mean": [0.9, 1.0, 1.1]}),
+    ],
+)
+def test_transformers_reads_images_as_we_do(tmp_path, config, changes):
+    transformers = pytest.importorskip("transformers")
+    models.save(tmp_path, *tiny(config))
+    file = tmp_path / configs.PREPROCESSOR
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    shades = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    Image.fromarray(shades).save(tmp_path / "image.png")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    (theirs,) = processor(Image.open(tmp_path / "image.png"), return_tensors="np")["pixel_values"]
+    config = models.load(tmp_path)[0].config
+    pixels = images.reader(config.image_size, 3)(tmp_path / "image.png")
+    ours = (pixels / 255 - config.image_mean) / config.image_std
+    np.testing.assert_allclose(ours.transpose(2, 0, 1), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_processor_that_crops_is_named(model, tmp_path, caplog):
+    source = Source(model, str(fill(tmp_path / "data")))
+    for content in ({"do_center_crop": False, "resample": 2}, {"resample": 3}, {"do_center_crop": True}):
+        assert not caplog.records
+        (model / configs.PREPROCESSOR).write_text(json.dumps(content))
+        with caplog.at_level(logging.WARNING):
+            tasks.get("images").load(source)
+        if content.get("resample") != 2:
+            assert "here whole images are resized to 8 x 8, bilinear" in caplog.text
+            caplog.clear()
+
+
+def test_images_have_one_or_three_channels(model, tmp_path):
+    (model / "config.json").write_text(json.dumps({"image_size": 8, "num_channels": 4}))
+    with pytest.raises(ValueError, match="num_channels=4: images have 1 or 3"):
+        tasks.get("images").load(Source(model, str(fill(tmp_path / "data"))))
 
 
 def test_three_domains_of_digits():

@@ -1,5 +1,6 @@
 """Directories of models: the same files both ways, and one clear message when they are not right."""
 
+import dataclasses
 import json
 import logging
 
@@ -155,6 +156,7 @@ def test_every_mismatch_is_in_one_message(tmp_path):
         ("config.json", {"hidden_act": "gele"}, "hidden_act='gele': use one of gelu"),
         ("config.json", {"id2label": [1]}, r"config\.json: "),
         ("preprocessor_config.json", lambda b: b"{", r"preprocessor_config\.json is damaged"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, r"config\.json: float division by zero"),
     ],
 )
 def test_damage_is_one_line_with_a_remedy(tmp_path, file, damage, words):
@@ -169,6 +171,13 @@ def test_damage_is_one_line_with_a_remedy(tmp_path, file, damage, words):
     with pytest.raises(ValueError, match=words) as error:
         models.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_without_a_processor_all_channels_are_normalised_alike(tmp_path):
+    grey = dataclasses.replace(CONFIG, num_channels=1, image_mean=(0.5,), image_std=(0.5,))
+    models.save(tmp_path, *model(grey))
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert models.load(tmp_path)[0].config == grey
 
 
 def test_missing_config_keys_are_all_named(tmp_path):

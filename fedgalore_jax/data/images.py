@@ -7,6 +7,7 @@ the device. The model knows its own mean and standard deviation and normalises b
 import hashlib
 import io
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,12 @@ from fedgalore_jax.data import tables
 from fedgalore_jax.data.cache import Arrays, Empty, cached
 from fedgalore_jax.data.dataset import Asked, Dataset, Source, Split, split_rows
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 MOST_DAMAGED = 0.01
+BILINEAR = 2
+"""Pillow's number, which is transformers' too."""
 SPLITS = {
     "train": "train",
     "validation": "validation",
@@ -60,7 +65,7 @@ def read(source: Source, path: str) -> Asked:
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{path!r} holds no image ({', '.join(SUFFIXES)})")
-    pixels, damaged = _open_all(files, *model_input(source.model), None)
+    pixels, damaged = _open_all(files, source.model, None)
     if len(damaged):
         raise ValueError(f"{files[damaged[0]]} cannot be read as an image: repair or remove it")
     return Asked([str(f) for f in files], Split({"pixel_values": pixels}, np.zeros(len(files), np.int32)))
@@ -170,7 +175,7 @@ def build(items: Sequence[Item], source: Source) -> Dataset:
     domain = np.array([item.domain for item in items])
     _complete(split, domain, np.array([item.label for item in items]), source.seed)
     order = np.lexsort((domain, split)).tolist()  # stable: what is read together lies together
-    pixels, damaged = _open_all([items[i].file for i in order], *model_input(source.model), source.cache)
+    pixels, damaged = _open_all([items[i].file for i in order], source.model, source.cache)
     if len(damaged) > MOST_DAMAGED * len(items):
         raise ValueError(
             f"{len(damaged)} of {len(items)} images cannot be read, more than 1%; the first is"
@@ -229,10 +234,20 @@ def model_input(model: pathlib.Path) -> tuple[int, int]:
 
 
 def _open_all(
-    files: Sequence[pathlib.Path | bytes], size: int, channels: int, cache: pathlib.Path | None
+    files: Sequence[pathlib.Path | bytes], model: pathlib.Path, cache: pathlib.Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels `[n - damaged, size, size, channels]` uint8 of what can be read, and what cannot."""
-    read = reader(size, channels)
+    size, channels = model_input(model)
+    read, processor = reader(size, channels), model / "preprocessor_config.json"
+    if processor.exists():
+        asked = json.loads(processor.read_text(encoding="utf-8"))
+        if asked.get("do_center_crop") or asked.get("resample", BILINEAR) != BILINEAR:
+            log.warning(
+                "%s crops, or resizes otherwise: here whole images are resized to %d x %d, bilinear",
+                processor,
+                size,
+                size,
+            )
 
     def compute(empty: Empty) -> Arrays:
         good, damaged = 0, []
@@ -264,6 +279,8 @@ def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("images are read by Pillow: pip install pillow") from error
+    if (mode := {1: "L", 3: "RGB"}.get(channels)) is None:
+        raise ValueError(f"num_channels={channels}: images have 1 or 3, choose a model that reads such")
 
     def read(file: pathlib.Path | bytes) -> np.ndarray:
         try:
@@ -274,8 +291,7 @@ def reader(size: int, channels: int) -> Callable[[Any], np.ndarray]:
                     upright = image
                 if upright.mode.startswith("I"):  # 16 bits of gray, which `convert` would clip at 255
                     upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                mode = {1: "L", 3: "RGB"}[channels]
-                small = upright.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+                small = upright.convert(mode).resize((size, size), Image.Resampling(BILINEAR))
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
         return np.asarray(small).reshape(size, size, channels)

@@ -60,7 +60,7 @@ def read(path: pathlib.Path, num_labels: int | None, dropout: float | None) -> t
         if dropout is not None:
             raw |= dict.fromkeys(DROPOUTS, dropout)
         return family, _fill(family.Config, family.fields(raw) if hasattr(family, "fields") else raw)
-    except (LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}: correct it, or copy it again") from error
 
 

@@ -22,7 +22,7 @@ class Config(vit.Config):
     special_tokens = ("cls_token", "distillation_token")
 
 
-build = vit.build
+build, fields = vit.build, vit.fields
 
 
 def table(config: Config) -> tuple[tuple[str, str, Transform], ...]:

@@ -36,7 +36,8 @@ class Config:
     """The fields of Hugging Face's `ViTConfig` that the model needs, under their names.
 
     `labels` holds the values of `id2label` in order; `image_mean` and `image_std` come from
-    `preprocessor_config.json`: pixels in [0, 1] enter the model as `(x - mean) / std`.
+    `preprocessor_config.json`, one number for each channel or one for all: pixels in [0, 1] enter the
+    model as `(x - mean) / std`.
     """
 
     hidden_size: int
@@ -71,6 +72,22 @@ class Config:
             )
 
 
+def fields(raw: dict) -> dict:
+    """The fields of `Config` in the contents of `config.json` and `preprocessor_config.json`.
+
+    How the processor rescales and normalises is one affine map, which `image_mean` and `image_std` hold.
+    """
+    given = {name: value for name, value in raw.items() if value is not None}
+    channels = given.get("num_channels", 3)
+    mean, std = (given.get(name, (0.5,) * channels) for name in ("image_mean", "image_std"))
+    if not given.get("do_normalize", True):
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    scale = 255 * (given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1)
+    if scale != 1:
+        mean, std = ([x / scale for x in part] for part in (mean, std))
+    return raw | {"image_mean": mean, "image_std": std}
+
+
 class Embeddings(nnx.Module):
     """Patches to tokens, with special tokens in front and positions added.
 
@@ -103,6 +120,9 @@ class Embeddings(nnx.Module):
                 " images of that size, or resize them"
             )
         if pixels.dtype == jnp.uint8:  # an image as it was stored, a quarter of the memory of floats
+            for name in ("image_mean", "image_std"):  # floats came normalised, and need neither
+                if len(value := getattr(self.config, name)) not in (1, channels):
+                    raise ValueError(f"{name}={value}: give one number for each of {channels} channels")
             mean, std = (
                 jnp.array(x, jnp.float32).reshape(1, 1, 1, -1)
                 for x in (self.config.image_mean, self.config.image_std)
@@ -221,6 +241,8 @@ def files(config: Config, name: str = "ViT") -> dict[str, dict]:
             "image_processor_type": f"{name}ImageProcessor",
             "do_resize": True,
             "size": {"height": config.image_size, "width": config.image_size},
+            "resample": 2,  # bilinear; DeiT's processor is bicubic and crops where it is not told
+            "do_center_crop": False,
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
