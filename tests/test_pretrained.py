@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_llama
+import tiny_vit
 from tiny_vit import BERT, CONFIG, DEIT, KEY, ROBERTA, batch_of, close, factors, model, to_torch, torch_model
 
 from fedgalore_jax import adapters, models, tree
@@ -152,23 +154,36 @@ def test_minilm_agrees_with_torch_on_real_weights(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks for an old attribute
-@pytest.mark.parametrize("config", [BERT, ROBERTA, CONFIG], ids=["bert", "roberta", "vit"])
-def test_peft_loads_our_adapters(tmp_path, config):
+@pytest.mark.parametrize(
+    ("family", "config", "headed", "auto"),
+    [
+        (tiny_vit, BERT, True, "AutoPeftModelForSequenceClassification"),
+        (tiny_vit, BERT, False, None),
+        (tiny_vit, ROBERTA, True, "AutoPeftModelForSequenceClassification"),
+        (tiny_vit, CONFIG, True, None),  # peft has none for images
+        (tiny_llama, tiny_llama.TIED, False, "AutoPeftModelForCausalLM"),
+    ],
+    ids=["bert", "bert-no-head", "roberta", "vit", "llama"],
+)
+def test_peft_loads_our_adapters(tmp_path, family, config, headed, auto):
     peft = pytest.importorskip("peft")
-    fns, params = model(config)
-    models.save(tmp_path / "base", fns, params)
+    fns, params = family.model(config)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    models.save(base, fns, params)
     alpha, rank = 6.0, 2
     lora = {path: LoRA(a, b) for path, (a, b, _) in factors(params).items()}
     flat = tree.flatten(params)
-    head = {path: leaf + 0.5 for path, leaf in flat.items() if path.startswith("classifier/")}
-    models.save_adapter(
-        tmp_path / "adapter", fns, lora, base_model="base", lora_alpha=alpha, rank=rank, head=head
-    )
+    head = {path: leaf + 0.5 for path, leaf in flat.items() if headed and path.startswith("classifier/")}
+    models.save_adapter(adapter, fns, lora, base_model=str(base), lora_alpha=alpha, rank=rank, head=head)
     merged = {path: flat[path] + alpha / rank * adapters.merge(LowRank(*f)) for path, f in lora.items()}
-    inputs = batch_of(config)
+    inputs = tiny_llama.prompts("left") if family is tiny_llama else batch_of(config)
     ours = jax.jit(fns.apply)(tree.unflatten(flat | merged | head), inputs)
-    theirs = peft.PeftModel.from_pretrained(torch_model(tmp_path / "base"), tmp_path / "adapter").eval()
-    close(ours, theirs(**to_torch(inputs)).logits, atol=1e-4)
+    found = [peft.PeftModel.from_pretrained(family.torch_model(base), adapter)]
+    if auto:
+        found.append(getattr(peft, auto).from_pretrained(str(adapter), attn_implementation="eager"))
+    real = np.asarray(inputs["attention_mask"], bool) if family is tiny_llama else slice(None)
+    for theirs in found:
+        close(ours[real], theirs.eval()(**family.to_torch(inputs)).logits[real], atol=1e-4)
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):

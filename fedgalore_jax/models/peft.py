@@ -70,8 +70,11 @@ def save_adapter(
             tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
             targets.append(module)
+    # peft has no type for images, and looks for a classifier in the adapters of its type for texts.
+    classifies = "SEQ_CLS" if head and hasattr(fns.config, "vocab_size") else None
     content = {
         "peft_type": "LORA",
+        "task_type": classifies if fns.decoder is None else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": lora_alpha,
