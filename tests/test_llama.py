@@ -182,6 +182,11 @@ OLD = {"rope_parameters": None, "rope_theta": 500000, "head_dim": None}
         (OLD, "rope", llama.Rope("default", 5e5)),
         (OLD, "head_dim", 4),
         ({"num_key_value_heads": None}, "num_key_value_heads", 4),
+        (
+            {"original_max_position_embeddings": 32},
+            "rope",
+            LLAMA.rope._replace(original_max_position_embeddings=32),
+        ),
         ({"eos_token_id": 3}, "eos_token_id", (3,)),
         ({"eos_token_id": [3, 4]}, "eos_token_id", (3, 4)),
     ],
@@ -195,22 +200,48 @@ def test_configurations_of_every_age_are_read(changes, field, value):
     ("config", "changes", "words"),
     [
         (MISTRAL, {"sliding_window": 64}, "sliding_window=64 .* max_position_embeddings=128 to at most 64"),
+        (
+            dataclasses.replace(MISTRAL, max_position_embeddings=8192),
+            {"sliding_window": "absent"},
+            "sliding_window=4096 is not supported",
+        ),
         (QWEN2, {"sliding_window": 64, "use_sliding_window": True}, "sliding_window=64 is not supported"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' .* default, linear, llama3"),
         (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor is missing"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         (LLAMA, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0 must be at least 1"),
         (LLAMA, {"hidden_act": "gele"}, "hidden_act='gele': use one of"),
     ],
 )
 def test_what_is_not_supported_is_one_line(tmp_path, config, changes, words):
     models.save(tmp_path, *model(config))
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value != "absent"}))
     with pytest.raises(ValueError, match=words) as error:
         models.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (MISTRAL, {"attention_bias": True, "mlp_bias": True}),
+        (QWEN2, {"attention_bias": True, "mlp_bias": True}),
+        (TIED, {"original_max_position_embeddings": 32}),
+    ],
+    ids=["mistral", "qwen2", "llama"],
+)
+def test_what_transformers_overrules_we_do_too(tmp_path, config, changes):
+    models.save(tmp_path, *model(config))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    fns, params = models.load(tmp_path)
+    mask = np.asarray(prompts()["attention_mask"], bool)
+    theirs = torch_model(tmp_path)(**to_torch(prompts())).logits
+    close(forward(fns)(params, prompts())[mask], theirs[mask], atol=1e-4)
 
 
 def test_a_window_that_never_ends_is_fine(tmp_path):

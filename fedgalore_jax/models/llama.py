@@ -117,15 +117,18 @@ def fields(raw: dict) -> dict:
       ValueError: what is set there and not supported.
     """
     model_type = raw["model_type"]
+    window = raw.get("sliding_window", 4096)  # where the key is absent; null means none
     raw = {name: value for name, value in raw.items() if value is not None}
     if "num_attention_heads" in raw and "hidden_size" in raw:
         heads = raw["num_attention_heads"]
-        raw = {"head_dim": raw["hidden_size"] // heads} | raw
+        raw = {"head_dim": raw["hidden_size"] // max(heads, 1)} | raw
         if model_type == "llama":
             raw = {"num_key_value_heads": heads} | raw
+    if model_type != "llama":  # their biases are fixed, whatever is said there
+        raw |= {"attention_bias": False, "mlp_bias": False}
 
     slides = {"llama": False, "mistral": True, "qwen2": raw.get("use_sliding_window", False)}[model_type]
-    positions, window = raw.get("max_position_embeddings", 0), raw.get("sliding_window")
+    positions = raw.get("max_position_embeddings", 0)
     if slides and window is not None and window < positions:
         raise ValueError(
             f"sliding_window={window} is not supported: set max_position_embeddings={positions} to at most "
@@ -140,7 +143,9 @@ def fields(raw: dict) -> dict:
         raise ValueError(f"rope_type={rope['rope_type']!r} is not supported: use one of {', '.join(ROPES)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
         raise ValueError("partial_rotary_factor is not supported: it must be 1")
-    rope.setdefault("original_max_position_embeddings", positions)
+    # Beside the others it counts more than among them.
+    name = "original_max_position_embeddings"
+    rope[name] = raw.get(name, rope.get(name, positions))
     if missing := [name for name in ROPES[rope["rope_type"]] if name not in rope]:
         raise ValueError(f"rope_parameters: {', '.join(missing)} is missing")
     kinds = {name: type(Rope._field_defaults[name]) for name in ROPES[rope["rope_type"]]}
