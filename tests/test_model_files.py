@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_vit import (
+    BERT,
     CONFIG,
+    ROBERTA,
     SHIPPED,
     adapted,
     close,
@@ -178,6 +180,15 @@ def test_without_a_processor_all_channels_are_normalised_alike(tmp_path):
     models.save(tmp_path, *model(grey))
     (tmp_path / "preprocessor_config.json").unlink()
     assert models.load(tmp_path)[0].config == grey
+
+
+@pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
+def test_a_decoder_among_encoders_is_refused(tmp_path, config):
+    models.save(tmp_path, *model(config))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_decoder": True}))
+    with pytest.raises(ValueError, match="is_decoder=True masks what comes later"):
+        models.load(tmp_path)
 
 
 def test_missing_config_keys_are_all_named(tmp_path):

@@ -47,6 +47,7 @@ class Config:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "absolute"
+    is_decoder: bool = False
     labels: tuple = ("LABEL_0", "LABEL_1")
 
     def __post_init__(self):
@@ -54,6 +55,8 @@ class Config:
             raise ValueError(f"hidden_act={self.hidden_act!r}: use one of {', '.join(ACTIVATIONS)}")
         if self.position_embedding_type != "absolute":
             raise ValueError(f"position_embedding_type={self.position_embedding_type!r} is not 'absolute'")
+        if self.is_decoder:
+            raise ValueError("is_decoder=True masks what comes later, and here all is read: use an encoder")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         for name in (*sizes, "max_position_embeddings", "type_vocab_size"):
             if getattr(self, name) < 1:
