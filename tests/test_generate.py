@@ -108,6 +108,12 @@ def test_bad_arguments_are_one_line(options, words):
         models.generate(*model(), prompts(), **{"max_new_tokens": 3} | options)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (1, 0)])
+def test_no_prompt_is_one_line(shape):
+    with pytest.raises(ValueError, match=r"input_ids \(.*\) hold no token"):
+        models.generate(*model(), {"input_ids": jnp.ones(shape, jnp.int32)}, max_new_tokens=2)
+
+
 def test_other_models_and_other_padding_are_refused():
     with pytest.raises(ValueError, match="pad prompts on the left"):
         models.generate(*model(), prompts("right"), max_new_tokens=3)

@@ -47,6 +47,8 @@ def generate(
     """
     if fns.decoder is None:
         raise ValueError(f"{type(fns.config).__module__} has no decoder: use a causal language model")
+    if not inputs["input_ids"].size:
+        raise ValueError(f"input_ids {inputs['input_ids'].shape} hold no token: give prompts of one at least")
     length, limit = inputs["input_ids"].shape[1], fns.config.max_position_embeddings
     if max_new_tokens < 1 or length + max_new_tokens > limit:
         raise ValueError(
