@@ -53,7 +53,7 @@ def predict(config: Config, file: str, *, say: Callable[[str], None] = print) ->
     names, asked, notes = task.read(source(config, task), file)
     for note in notes:
         say(note)
-    fns, params = _as_saved(config, task, None)
+    fns, params = _as_saved(config, task, 1 if task.regresses else None)
     if isinstance(asked, Generation):
         answers = generated(fns, params, asked)
         yield from ({"sample": n, "answer": text} for n, text in zip(names, answers, strict=True))

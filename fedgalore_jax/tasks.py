@@ -59,6 +59,11 @@ class Task(NamedTuple):
         """Whether a language model answers; other tasks need a classifier."""
         return self.outputs is answer_outputs
 
+    @property
+    def regresses(self) -> bool:
+        """Whether a classifier's one output is the answer."""
+        return self.outputs is _value
+
 
 def cross_entropy(logits: Array, batch: Batch) -> Array:
     """Mean cross-entropy over the real samples of a batch.

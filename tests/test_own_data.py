@@ -11,7 +11,7 @@ import tiny_tokenizer
 import tiny_vit
 from test_launch import launch, lines
 
-from fedgalore_jax import models, train
+from fedgalore_jax import models, saved, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits, tables, text
 from fedgalore_jax.models import llama, vit
@@ -105,6 +105,13 @@ def test_glue_from_files_of_its_schema(encoder, tmp_path, name):
     )
     final = summary(tmp_path / "out")["final"]
     assert {"accuracy", "mismatched/accuracy"} <= set(final) if name == "mnli" else "spearman" in final
+
+
+def test_a_classifier_has_no_value_to_predict(encoder, tmp_path):
+    asked = table(tmp_path / "asked.jsonl", [{"text": "good film"}])
+    config = Config(task="glue/stsb", model=str(encoder), text_column="text")
+    with pytest.raises(ValueError, match="has a head for 5 labels, glue/stsb has 1"):
+        next(saved.predict(config, str(asked)))
 
 
 LINES = tiny_tokenizer.LINES
