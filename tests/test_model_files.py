@@ -116,6 +116,24 @@ def test_a_bare_encoder_gets_a_head(tmp_path):
         models.load(tmp_path)
 
 
+def test_a_masked_language_model_gets_a_pooler_and_a_head(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    _, params = model(BERT)
+    models.save(tmp_path / "a", *model(BERT))
+    transformers.BertForMaskedLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    drawn = models.load(tmp_path / "b", num_labels=2)[1]
+    assert "has no pooler: a new one is drawn" in caplog.text
+    assert drawn["pooler"]["kernel"].shape == (12, 12) and drawn["classifier"]["kernel"].shape == (12, 2)
+    assert 0.2 < drawn["pooler"]["kernel"].std() < 0.4 and not drawn["pooler"]["bias"].any()
+    jax.tree.map(np.testing.assert_array_equal, drawn["layers"], params["layers"])
+    caplog.clear()
+    kept = models.load(tmp_path / "a", new_head=True)[1]
+    np.testing.assert_array_equal(kept["pooler"]["kernel"], params["pooler"]["kernel"])
+    assert not caplog.records
+    with pytest.raises(ValueError, match=r"missing: bert\.pooler.*num_labels where only the head"):
+        models.load(tmp_path / "b")
+
+
 def test_every_mismatch_is_in_one_message(tmp_path):
     fns, params = model()
     models.save(tmp_path, fns, params)

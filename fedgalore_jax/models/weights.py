@@ -59,7 +59,8 @@ def load(
     Args:
       path: a directory with `config.json` and `model.safetensors`, or the shards of an index.
       num_labels: the number of classes. Where the checkpoint's head has another size, or there is
-        none, a new head is drawn (normal with `initializer_range`, zero bias) and that is logged.
+        none, a new head is drawn (normal with `initializer_range`, zero bias) and that is logged; so is
+        a pooler that the checkpoint lacks.
       new_head: draw a new head even where the checkpoint's would fit.
       dtype: of all parameters; None keeps what the file has.
       precision: what products run in, "float32" or "bf16"; see `ModelFns`.
@@ -89,12 +90,17 @@ def load(
     if unfit:
         log.warning("%s has no head for %d labels: a new one is drawn", path, num_labels)
     if fresh := new_head or unfit:
+        # A masked language model, which BERT was pre-trained as, has none; the head is trained with it.
+        pooler = {name: slot for name, slot in slots.items() if slot.path.startswith("pooler/")}
+        if pooler and not pooler.keys() & found.keys():
+            log.warning("%s has no pooler: a new one is drawn", path)
+            head |= pooler
         slots = {name: slot for name, slot in slots.items() if name not in head}
         found = {name: x for name, x in found.items() if not re.match(family.HEAD, name.replace(".", "/"))}
     if wrong := _mismatches(slots, found):
         raise ValueError(
             f"{file} does not fit {configs.CONFIG}: {'; '.join(wrong)}: use the "
-            f"{configs.CONFIG} saved with it, and num_labels where only the head differs"
+            f"{configs.CONFIG} saved with it, and num_labels where only the head differs or is missing"
         )
 
     def place(leaf: str, x: Any) -> Array:
