@@ -82,6 +82,18 @@ def test_half_precision_files_keep_their_type_or_widen(tmp_path, dtype):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.float32)), wide, half)
 
 
+def test_layers_of_several_types_all_keep_their_numbers(tmp_path):
+    models.save(tmp_path, *model(BERT))
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "bert.encoder.layer.{}.output.dense.bias".format
+    values = np.full(12, 1, np.float16), np.full(12, 1e6, np.float32), np.full(12, 2, np.float16)
+    mixed = {name(layer): value for layer, value in enumerate(values)}
+    safetensors.numpy.save_file(tensors | mixed, file)
+    loaded = models.load(tmp_path)[1]["layers"]["output"]["bias"]
+    assert loaded.dtype == jnp.float32 and loaded[:, 0].tolist() == [1, 1e6, 2]
+
+
 LOAD = """
 import resource, sys
 import jax

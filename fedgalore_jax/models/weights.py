@@ -5,6 +5,7 @@ A family is a module with `Config`, `build`, `table`, `files`, `PREFIX`, `HEAD` 
 means writing that module and naming it in `configs.FAMILIES`.
 """
 
+import functools
 import json
 import logging
 import math
@@ -214,8 +215,8 @@ def _renamed(match: re.Match) -> str:
 
 def _read(rows: list[tuple[Slot, Tensor]], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """One leaf of ours, its layers stacked, read straight into its memory."""
-    own = [tensors.DTYPES[tensor.dtype] for _, tensor in rows]
-    wanted = jnp.promote_types(own[0], own[-1]) if dtype is None else dtype
+    own = {tensors.DTYPES[tensor.dtype] for _, tensor in rows}
+    wanted = functools.reduce(jnp.promote_types, own) if dtype is None else dtype
     out = tensors.empty(shape, jax.dtypes.canonicalize_dtype(wanted))
     for slot, tensor in rows:
         row = out if slot.layer is None else out[slot.layer]
