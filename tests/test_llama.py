@@ -172,6 +172,25 @@ def test_a_tied_head_may_be_in_the_file_twice(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path)[1], params)
 
 
+def test_a_head_of_its_own_is_not_tied(tmp_path):
+    """transformers keeps it, and says to correct the configuration."""
+    fns, params = model(TIED)
+    models.save(tmp_path, fns, params)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = safetensors.numpy.load_file(file)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + np.eye(61, 16, dtype=np.float32)}
+    safetensors.numpy.save_file(tensors | head, file)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not .* set tie_word_embeddings to false"):
+        models.load(tmp_path)
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+    )
+    fns, params = models.load(tmp_path)
+    mask = np.asarray(prompts()["attention_mask"], bool)
+    theirs = torch_model(tmp_path)(**to_torch(prompts())).logits
+    close(forward(fns)(params, prompts())[mask], theirs[mask], atol=1e-4)
+
+
 OLD = {"rope_parameters": None, "rope_theta": 500000, "head_dim": None}
 
 

@@ -29,6 +29,8 @@ HEAD = r"(?!)"  # matches nothing: a language model's head is never drawn anew
 IGNORED = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.|lm_head\."  # old versions' buffers, a tied head's copy
 )
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+"""What a tied model's file may hold once more."""
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 

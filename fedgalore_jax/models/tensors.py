@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +25,17 @@ class Tensor(NamedTuple):
     dtype: str
 
     def read_into(self, out: np.ndarray) -> None:
-        """Copies it to `out`, which has its shape and any strides and dtype.
+        """Copies it to `out`, which has its shape and any strides and dtype."""
+        for where, piece in self._pieces():
+            out[where] = piece
+
+    def equals(self, other: "Tensor") -> bool:
+        """Whether both hold the same numbers."""
+        pairs = zip(self._pieces(), other._pieces(), strict=True)
+        return self.shape == other.shape and all((a == b).all() for (_, a), (_, b) in pairs)
+
+    def _pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """Parts of it, and where in it they are.
 
         The file is mapped for that time only: pages of a mapping count as the process's memory for as
         long as it lives.
@@ -32,12 +43,12 @@ class Tensor(NamedTuple):
         with _open(self.file) as file:
             tensor = file.get_slice(self.name)
             if not self.shape:
-                out[...] = file.get_tensor(self.name)
+                yield ..., file.get_tensor(self.name)
                 return
             total, rows = self.shape[0], max(1, CHUNK // max(1, math.prod(self.shape[1:])))
             for start in range(0, total, rows):
-                stop = min(start + rows, total)
-                out[start:stop] = tensor[start:stop]
+                where = slice(start, min(start + rows, total))
+                yield where, tensor[where]
 
 
 def find(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
 """Weights from and to Hugging Face directories: one table per family, one generic loader.
 
 A family is a module with `Config`, `build`, `table`, `files`, `PREFIX`, `HEAD` and `IGNORED` (see
-`vit.py`), and `fields` where `config.json` has other names than `Config` (see `llama.py`); adding one
-means writing that module and naming it in `configs.FAMILIES`.
+`vit.py`), and, where `config.json` has other names than `Config` or a tensor may be there twice, `fields` and
+`COPIES` (see `llama.py`); adding one means writing that module and naming it in `configs.FAMILIES`.
 """
 
 import functools
@@ -82,6 +82,12 @@ def load(
     family, config = configs.read(path, num_labels, dropout)
     fns = family.build(config, precision=precision, scan_layers=scan_layers, remat=remat)
     slots, (file, found) = slots_of(fns), tensors.find(path)
+    for copy, origin in getattr(family, "COPIES", {}).items():
+        if copy not in slots and {copy, origin} <= found.keys() and not found[copy].equals(found[origin]):
+            raise ValueError(
+                f"{file}: {copy} is not {origin}, which {configs.CONFIG} ties it to: set tie_word_embeddings"
+                " to false there"
+            )
     found = _named_as_now(family, slots, found)
 
     head = {name: slot for name, slot in slots.items() if re.match(family.HEAD, slot.path)}
