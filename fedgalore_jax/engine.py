@@ -80,13 +80,14 @@ def init(
     args = (wide, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), noise)
     taken, shapes = _taken(begin, *args)
     places = shardings(strategy, shapes, mesh) if mesh else jax.tree.map(lambda x: None, shapes)
-    weights = {id(x) for x in jax.tree.leaves(wide) if isinstance(x, jax.Array)}
+    weights = set(map(id, jax.tree.leaves(wide)))
 
     def there(x, place):
         """A weight that lies where the state's is to."""
-        if id(x) not in weights:
+        lies = getattr(x, "sharding", None)  # NumPy's arrays and traced ones lie nowhere
+        if id(x) not in weights or lies is None:
             return None
-        return x if place is None or place.is_equivalent_to(x.sharding, x.ndim) else None
+        return x if place is None or place.is_equivalent_to(lies, x.ndim) else None
 
     taken = jax.tree.map(there, taken, places, is_leaf=lambda x: x is None)
     made = jax.jit(lambda *args: tree.without(taken, begin(*args)), out_shardings=tree.without(taken, places))

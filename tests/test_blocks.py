@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from problem import B, K, N, assert_close, params, plan, setup
 
-from fedgalore_jax import blocks, engine, tree
+from fedgalore_jax import blocks, engine, placement, tree
 from fedgalore_jax.blocks import Blocks
 from fedgalore_jax.config import Config
 
@@ -74,3 +74,7 @@ def test_what_no_round_changes_is_there_once(method, kept):
         assert {names[id(x)] for x in jax.tree.leaves(states) if id(x) in names} == kept
     assert kept.isdisjoint(path.rsplit("/")[-1] for path, x in moved.server.frozen.items() if x is not None)
     assert moved.key is None and after.key is state.key
+    spread = jax.eval_shape(
+        lambda given: engine.init(machine.strategy, given, state.key, N, placement.mesh("1x1")), given
+    )
+    assert jax.tree.structure(spread) == jax.tree.structure(state)
