@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from problem import B, K, N, assert_close, params, plan, setup
+from problem import B, K, N, assert_close, m, n, params, plan, setup
 
 from fedgalore_jax import blocks, engine, placement, tree
 from fedgalore_jax.blocks import Blocks
@@ -78,3 +78,20 @@ def test_what_no_round_changes_is_there_once(method, kept):
         lambda given: engine.init(machine.strategy, given, state.key, N, placement.mesh("1x1")), given
     )
     assert jax.tree.structure(spread) == jax.tree.structure(state)
+
+
+def test_the_seed_reaches_the_state():
+    machine, _, _ = setup("fedgalore")
+    one, two = (blocks.start(Config(clients=N, seed=seed), machine, params()) for seed in (0, 1))
+    bases = [state.server.extra.basis["layers/kernel"] for state in (one, two)]
+    assert np.abs(bases[0] - bases[1]).max() > 0.1
+
+
+def test_a_block_whose_samples_travel_is_cut_to_what_fits(monkeypatch):
+    machine, _, state = setup("scaffold", chunk=2)
+    machine = machine._replace(streams=True)
+    config = Config(clients=N, cohort=2, rounds=40, eval_every=20, local_steps=K, batch_size=B)
+    shapes = jax.eval_shape(lambda: state.clients)
+    assert blocks.cut(config, machine, 9, shapes).samples == 9 < K * B
+    monkeypatch.setattr(blocks, "RESIDENT", 7 * 2 * 9 * 4 * (m + n))
+    assert blocks.cut(config, machine, 9, shapes) == Blocks(7, None, 9)

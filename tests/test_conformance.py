@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from problem import (
     OPTIONS,
+    SIZES,
     K,
     L,
     N,
+    absent,
     assert_close,
     away,
     federation,
@@ -427,3 +429,38 @@ def test_roles_must_fit_the_model():
         common.split(flat)
     with pytest.raises(ValueError, match="only kernels can be adapted, not classifier/bias"):
         strategies.Common(1.0, roles=((".*", "adapt"),)).split(flat)
+
+
+def test_every_client_round_and_step_has_a_key_of_its_own():
+    """The loss is a number of its key's."""
+    machine, _, state = setup("fedavg")
+
+    def drawn(params, batch, key):
+        return jax.random.uniform(key) + 0 * params["classifier"]["bias"].sum()
+
+    def seen(client, t, steps):
+        rounds = machine._replace(loss=drawn, steps=steps).rounds()
+        begin = state._replace(server=state.server._replace(round=jnp.int32(t)))
+        rows = absent(plan(range(t, t + 1), steps=steps), *({*range(N)} - {client}))
+        return float(rounds(begin, machine.train, rows, 1)[1]["train_loss"][0])
+
+    first = seen(0, 0, 1)
+    assert len({first, seen(1, 0, 1), seen(0, 1, 1)}) == 3
+    assert seen(0, 0, 2) != pytest.approx(first)
+
+
+def test_weights_in_half_precision_are_trained_in_float32():
+    strategy = strategies.build("fedavg", **OPTIONS)
+    state = engine.init(strategy, params(jnp.bfloat16), jax.random.key(0), N)
+    assert {x.dtype for x in jax.tree.leaves(strategy.export(state.server))} == {jnp.dtype("float32")}
+
+
+def test_the_training_loss_weighs_by_samples():
+    machine, rounds, state = setup("fedavg")
+    rows = plan(range(1))
+
+    def loss_of(*clients):
+        return rounds(state, machine.train, absent(rows, *({*range(N)} - {*clients})), 1)[1]["train_loss"][0]
+
+    alone = [loss_of(c) for c in range(N)]
+    np.testing.assert_allclose(loss_of(*range(N)), np.average(alone, weights=SIZES), rtol=1e-5)

@@ -122,3 +122,10 @@ def test_a_digest_tells_data_and_shares_apart():
     )
     found |= {data._replace(**change).digest(parts) for change in changed}
     assert len(found) == 7 and data.digest(split()) in found
+
+
+def test_rounds_and_epochs_have_orders_of_their_own():
+    rounds = [FEDERATION.batches(t, 2, 5, 4) for t in range(2)]
+    assert (rounds[0] != rounds[1]).any()
+    one, two = FEDERATION.batches(0, 1, 5, 4).reshape(2, 10)
+    assert (one != two).any() and sorted(one) == sorted(two)

@@ -1,5 +1,6 @@
 """Outputs in order whatever the batches and buckets; the model that is kept; a saved model asked again."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import tiny_vit
 from test_launch import SMALL, launch, lines
 
-from fedgalore_jax import evaluation, loading, models, prepare, tasks, train
+from fedgalore_jax import evaluation, loading, models, prepare, results, saved, tasks, train
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import Dataset, Generation, Split, digits
 from fedgalore_jax.data.federated import OWNERS
@@ -170,3 +171,46 @@ def test_the_judges_of_a_sorted_split_are_of_every_class():
     assert few.generation.references == [str(i) for i in rows]
     assert few.more_tests["one"].inputs["row"].tolist() == list(range(7))
     assert whole.judged_by(100).generation is None
+
+
+def test_a_summary_is_of_the_state_that_was_kept():
+    ready = prepare.prepare(Config(method="scaffold", rounds=3, clients=5, local_steps=1))
+    history = [{"round": t, "seconds": s} for t, s in enumerate((None, 1.0, 2.0, 9.0))]
+    for t, accuracy in ((0, 0.1), (1, 0.5), (3, 0.3)):
+        history[t]["accuracy"] = accuracy
+    for keep, final, kept in (("best", 0.5, 1), ("last", 0.3, 3)):
+        config = dataclasses.replace(ready.config, keep=keep)
+        got = results.summary(ready._replace(config=config), history, {})
+        assert got["validation"] == {"final": final, "initial": 0.1}
+        assert got["kept"] == {"which": keep, "round": kept} and got["seconds_per_round"] == 2.0
+    wire = ready.wire._replace(up=1, down=2, optimizer=3, memory=4, catch_up=5)
+    got = results.summary(ready._replace(wire=wire), history, {})
+    assert got["bytes_per_client_and_round"] == {"up": 1, "down": 2}
+    names = ("optimizer_bytes", "client_memory_bytes", "catch_up_bytes_per_missed_round")
+    assert [got[name] for name in names] == [3, 4, 5]
+
+
+def test_a_saved_head_of_other_classes_is_refused(tmp_path):
+    config = dataclasses.replace(
+        tiny_vit.CONFIG,
+        labels=tuple(map(str, range(12))),
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        image_mean=(0.5,),
+        image_std=(0.5,),
+    )
+    fns = models.configs.family_of(config).build(config)
+    models.save(tmp_path, fns, fns.init(jax.random.key(0)))
+    with pytest.raises(ValueError, match="has a head for 12 labels, digits has 10"):
+        saved.evaluate(Config(model=str(tmp_path)))
+
+
+def test_a_saved_model_is_judged_by_as_many_samples_as_asked():
+    whole, few = (saved.evaluate(Config(model="digits_vit", eval_samples=k)) for k in (None, 30))
+    assert whole["loss"] != pytest.approx(few["loss"], rel=1e-3)
+
+
+def test_a_saved_model_runs_in_the_precision_asked():
+    full, half = (saved.evaluate(Config(model="digits_vit", precision=p)) for p in ("float32", "bf16"))
+    assert full["loss"] != half["loss"]

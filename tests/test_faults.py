@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problem import K, N, absent, assert_close, away, plan, setup
+from problem import SIZES, K, N, absent, assert_close, away, plan, setup
 from test_checkpoint import TINY
 
 from fedgalore_jax import aggregators, config, plans, prepare, train
@@ -300,3 +300,27 @@ def test_the_aggregators_of_a_config_are_those_there_are():
 def test_what_cannot_be_meant_is_refused(given, line):
     with pytest.raises(ValueError, match=line):
         prepare.prepare(Config(**given))
+
+
+def test_faults_of_a_round_do_not_hang_on_where_blocks_begin():
+    federation = FederatedData([np.arange(4 * c, 4 * c + 4) for c in range(200)], seed=5)
+    config = Config(clients=200, cohort=150, batch_size=2, local_steps=6, seed=5)
+    for fault in ({"client_dropout": 0.5}, {"straggler": "exponential:1", "deadline": 3.0}):
+        config_ = dataclasses.replace(config, **fault)
+        whole, late = (plans.plan(config_, 50, federation, rounds) for rounds in (range(3), range(2, 3)))
+        for a, b in zip(*map(jax.tree.leaves, (whole, late)), strict=True):
+            np.testing.assert_array_equal(a[2:], b)
+
+
+def test_the_server_counts_the_weighted_mean_of_steps():
+    machine, rounds, state = setup("fedadamw")
+    steps = np.array([[1, 3, 1, 1, 1]], np.int32)
+    after, _ = rounds(state, machine.train, plan(range(1))._replace(steps=steps), 1)
+    assert int(after.server.extra["count"]) == round(np.average(steps[0], weights=SIZES)) == 2
+
+
+def test_the_median_of_many_is_one():
+    rows = jnp.asarray(np.random.default_rng(1).exponential(size=(21, 4)), jnp.float32)
+    present = jnp.ones(21, bool)
+    got = aggregators.build("median").reduce(Upload({"change": {"w": rows}}), present / 21, present)
+    np.testing.assert_allclose(got.mean["change"]["w"], np.median(rows, 0), rtol=1e-6)

@@ -343,3 +343,13 @@ def test_dual_adapter_needs_a_step_for_each_half():
     machine, _, state = setup("dual_adapter", steps=1)
     with pytest.raises(ValueError, match="local_steps=1 is not usable: give 2 or more"):
         machine.wire(state, plan(range(1), steps=1))
+
+
+def test_a_client_below_hetloras_least_rank_stays_there():
+    """A client that begins below the least rank stays there."""
+    machine, rounds, state = setup("hetlora", ranks=(3, 1), min_rank=2, gamma=0.5, lam=10.0)
+    before = np.asarray(state.clients["rank"])
+    for t in range(4):
+        state, _ = rounds(state, machine.train, plan(range(t, t + 1)), 1)
+        after = np.asarray(state.clients["rank"])
+        assert (after <= before).all() and (after[before == 1] == 1).all()

@@ -29,6 +29,8 @@ from fedgalore_jax.adapters import merge
 from fedgalore_jax.galore import galore
 from fedgalore_jax.lowrank import random_basis
 from fedgalore_jax.strategies import build
+from fedgalore_jax.strategies.base import Ops
+from fedgalore_jax.strategies.fedgalore_options import Options, resolve
 from fedgalore_jax.strategies.subspaces import transported
 from fedgalore_jax.types import LowRank
 
@@ -278,3 +280,46 @@ def test_bytes_of_a_large_model_fit():
     one = jax.tree.map(lambda x: x[0], plan(range(1)))
     _, metrics = jax.eval_shape(machine._replace(strategy=large).round, state, machine.train, one)
     assert metrics["bytes_catch_up"].shape == ()
+
+
+def chosen(**options):
+    return Options(
+        **(
+            {name: None for name in Options._fields}
+            | {"client_weights": "factored", "side": "left"}
+            | options
+        )
+    )
+
+
+def test_what_is_left_to_default():
+    o = resolve(chosen(basis="shared", sync="ajive"), 8)
+    assert (o.refresh_rounds, o.sync_first, o.transport, o.signal_rank, o.floor) == (5, True, "keep", 4, 1e-3)
+    o = resolve(chosen(basis="own", sync="ajive"), 8)
+    assert (o.refresh_rounds, o.sync_first, o.transport, o.finder, o.basis_batches) == (
+        1,
+        False,
+        "row_mean",
+        "subspace",
+        1,
+    )
+    assert not resolve(chosen(basis="shared", sync="none"), 8).sync_first
+
+
+def test_an_own_basis_may_come_from_the_mean_of_several_batches():
+    strategy = build(
+        "fedgalore", **(OPTIONS | {"basis": "own", "basis_batches": 3, "finder": "svd", "sync": "none"})
+    )
+    grads = np.random.default_rng(0).normal(size=(3, L, m, n)).astype(np.float32)
+    download = strategy.broadcast(strategy.init(params(), jax.random.key(0), N))
+
+    def value_and_grad(assemble, tree, j):
+        return jnp.float32(j), {path: jnp.asarray(grads[j]) if x.ndim > 1 else x for path, x in tree.items()}
+
+    local = strategy.start(
+        download, (), Ops(jnp.int32(0), jnp.ones(()), jax.random.key(0), value_and_grad, None, K)
+    )
+    basis = np.asarray(local.extra["layers/kernel"])
+    want = np.linalg.svd(grads.sum(0))[0][..., :3]
+    np.testing.assert_allclose(basis @ basis.mT, want @ want.mT, atol=1e-5)
+    assert float(local.first[0]) == 0

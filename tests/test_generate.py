@@ -119,3 +119,33 @@ def test_other_models_and_other_padding_are_refused():
         models.generate(*model(), prompts("right"), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"models\.vit has no decoder"):
         models.generate(*tiny_vit.model(), prompts(), max_new_tokens=3)
+
+
+def test_every_token_is_drawn_anew():
+    """At a temperature of near infinity all tokens are alike, and each is drawn anew."""
+    fns, params = model()
+    tokens = models.generate(fns, params, prompts(), max_new_tokens=9, temperature=1e9, key=KEY)
+    assert all(len(set(row)) > 3 for row in np.asarray(tokens).tolist())
+
+
+def test_all_positions_can_be_filled():
+    fns, params = model()
+    assert models.generate(fns, params, prompts(), max_new_tokens=119).shape[1] == 119
+    with pytest.raises(ValueError, match="max_new_tokens=120 after 9"):
+        models.generate(fns, params, prompts(), max_new_tokens=120)
+
+
+def test_it_ends_once_all_have_ended():
+    fns, params = model()
+    one = {"input_ids": jnp.array([[5, 9, 2]])}
+    eos = [int(models.generate(fns, params, one, max_new_tokens=1)[0, 0])]
+    seen, step = [], fns.decoder.step
+
+    def counted(params, token, cache):
+        jax.debug.callback(lambda: seen.append(1))
+        return step(params, token, cache)
+
+    fns = fns._replace(decoder=fns.decoder._replace(step=counted))
+    models.generate(fns, params, one, max_new_tokens=9, eos=eos).block_until_ready()
+    jax.effects_barrier()
+    assert not seen

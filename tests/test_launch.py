@@ -20,6 +20,9 @@ from experiments.launch import _terminated, main
 from fedgalore_jax import loading, models, prepare, strategies, tasks, train, tree
 from fedgalore_jax.config import Config
 from fedgalore_jax.data import digits
+from fedgalore_jax.engine import Wire
+from fedgalore_jax.forecast import Forecast
+from fedgalore_jax.journal import Finished
 from fedgalore_jax.metrics import classification
 from fedgalore_jax.progress import human
 
@@ -397,3 +400,49 @@ def test_what_a_saved_model_is_not_asked(args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         launch(*args.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def sizes(*numbers):
+    return [part for n in numbers for part in (str(n), "B")]
+
+
+def test_a_comparison_has_every_number_in_its_column(tmp_path, capsys):
+    summary = {
+        "method": "own",
+        "metric": "accuracy",
+        "final": {"accuracy": 0.5},
+        "personal": True,
+        "bytes_per_client_and_round": {"up": 1, "down": 2},
+        "catch_up_bytes_per_missed_round": 3,
+        "optimizer_bytes": 4,
+        "client_memory_bytes": 5,
+        "bytes_total": 6,
+        "gradients_per_step": 7,
+        "seconds_per_round": 8,
+    }
+    history = [{"round": t, "accuracy": 0.5, "train_loss": 1.0} for t in range(2)]
+    report.compare(
+        tmp_path,
+        [Finished(history, summary), Finished(history, summary | {"method": "b", "personal": False})],
+    )
+    own, other = capsys.readouterr().out.splitlines()[-3:-1]
+    assert own.split() == ["own", "*", "0.5000", *sizes(1, 2, 3, 4, 5, 6), "7", "8.000"]
+    assert other.split()[:2] == ["b", "0.5000"]
+
+
+def test_a_forecast_has_every_number_in_its_column(capsys):
+    report.plans(
+        [Forecast("own", Wire(down=1, up=2, optimizer=3, memory=4, catch_up=5, gradients=6.0), 7, 8.0, 9)]
+    )
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row == ["own", *sizes(2, 1, 5, 3, 4, 7), "6", "8.00e+00", *sizes(9)]
+
+
+def test_rows_of_the_heat_map_are_named_by_client(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.heat_map(tmp_path / "c.png", np.array([[0, 9], [9, 0], [0, 3]]))
+    axis = figures[0].axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["1", "0", "2"]
+    assert np.asarray(axis.images[0].get_array()).tolist() == [[9, 0], [0, 9], [0, 3]]
+    report._pyplot().close(figures[0])

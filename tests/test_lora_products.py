@@ -19,7 +19,7 @@ from by_hand import (
     start,
     trained,
 )
-from problem import K, N, away, params, plan, setup
+from problem import K, L, N, absent, away, m, n, params, plan, setup
 
 from fedgalore_jax.client import local_train
 from fedgalore_jax.optimizer import adam_state
@@ -179,3 +179,13 @@ def test_masked_ranks_neither_learn_nor_decay():
     assert np.abs(sent.a[..., :1] - 1).max() > 1e-2
     nu = adam_state(out.opt).nu["layers/kernel"]
     assert not nu.a[..., 1:].any() and not nu.b[..., 1:, :].any()
+
+
+def test_absent_clients_send_nothing_that_others_must_catch_up_on():
+    """A missed round is priced by the uploads that this round has."""
+    machine, _, state = setup("flora")
+    large = machine.strategy._replace(export=lambda state: {"kernel": jnp.zeros((1000, 1000))})
+    rows = absent(away(plan(range(2)), 2, 0), 1)
+    _, metrics = machine._replace(strategy=large).rounds()(state, machine.train, rows, 2)
+    pair = 4 * 3 * (m + n) * L
+    assert metrics["bytes_catch_up"].tolist() == [0, (N - 1) * pair]

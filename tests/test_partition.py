@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from experiments import report
 from fedgalore_jax.data import PARTITIONS, partition
-from fedgalore_jax.data.partition import counts, table
+from fedgalore_jax.data.partition import counts, owners, table
 
 RNG = np.random.default_rng(0)
 CLASSES, DOMAINS = RNG.integers(0, 10, 600), np.sort(RNG.choice(4, 600, p=[0.5, 0.3, 0.15, 0.05]))
@@ -78,3 +78,30 @@ def test_a_table_is_short_and_adds_up(clients, tmp_path):
     assert counts(parts, CLASSES).sum() == 600
     report.heat_map(tmp_path / "map.png", counts(parts, CLASSES), "0123456789")
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_shards_are_dealt_at_random():
+    classes = np.repeat(np.arange(20), 10)
+    dealt = [
+        {
+            tuple(np.unique(classes[part]))
+            for part in partition(classes, 10, kind="shards", alpha=1.0, rng=np.random.default_rng(seed))
+        }
+        for seed in (0, 1)
+    ]
+    assert dealt[0] != dealt[1]
+
+
+def test_classes_are_skewed_within_domains():
+    rng = np.random.default_rng(0)
+    classes, domains = rng.integers(0, 10, 600), np.sort(rng.choice(4, 600, p=[0.5, 0.3, 0.15, 0.05]))
+    parts = partition(classes, 12, kind="domain+dirichlet", alpha=1e-3, rng=rng, domains=domains)
+    largest = [np.bincount(classes[part]).max() / len(part) for part in parts]
+    alike = partition(classes, 12, kind="domain+dirichlet", alpha=1e3, rng=rng, domains=domains)
+    assert np.mean(largest) > 0.4 > max(np.bincount(classes[part]).max() / len(part) for part in alike[:5])
+
+
+def test_classes_that_nobody_has_go_by_size():
+    parts = [np.arange(90), np.arange(90, 100)]
+    whose = owners(np.full(1000, 5), parts, np.zeros(100, int), np.random.default_rng(0))
+    assert 0.05 < whose.mean() < 0.15

@@ -169,3 +169,17 @@ def test_activations_are_what_is_kept_of_a_batch():
 
     found = [blocks.activations(loss, params, train, size) for size in (8, 16)]
     assert found[1] - found[0] == 4 * 8 * (3 + 2)
+
+
+def test_activations_grow_with_the_batch_alone():
+    weights, train = {"w": jnp.ones((3, 2))}, {"x": np.ones((40, 3), np.float32)}
+
+    def loss(params, batch, key):
+        return jnp.square(jnp.tanh(batch["x"] @ params["w"]) @ params["w"].T).sum()
+
+    found = [blocks.activations(loss, weights, train, size) for size in (8, 16)]
+    assert found[1] == 2 * found[0]
+
+
+def test_a_chunk_is_no_larger_than_a_cohort():
+    assert blocks.chunk(Config(clients=10, cohort=2, chunk=8), 1, lambda: 0) == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from problem import N, absent, params, plan, setup
 
-from fedgalore_jax import aggregators, blocks, defences, hosts
+from fedgalore_jax import aggregators, blocks, defences, hosts, privacy
 from fedgalore_jax.config import Config
 
 
@@ -109,3 +109,27 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
     fewer = guarantee(rounds=9, clients=100, cohort=5, noise=30.0)
     most = guarantee(rounds=9, clients=100, cohort=99, noise=30.0)
     assert fewer.epsilon < most.epsilon <= promised.epsilon and "draws 5 without replacement" in fewer.assumes
+
+
+def test_leaves_of_one_shape_have_noise_of_their_own():
+    noisy = aggregators.with_noise({"a": jnp.zeros(9), "b": jnp.zeros(9)}, jax.random.key(0), jnp.ones(()))
+    assert np.abs(noisy["a"] - noisy["b"]).min() > 1e-3
+
+
+def test_every_round_has_noise_of_its_own():
+    """Nobody comes: what moves the model is noise, another in each round."""
+    machine, _, state = setup("fedavg")
+    rounds = machine._replace(aggregator=aggregators.Aggregator(clip=1.0, noise=1.0)).rounds()
+    state, models = hidden(state), [state.server.trainable]
+    for t in range(2):
+        state, _ = rounds(state, machine.train, absent(plan(range(t, t + 1)), *range(N)), 1)
+        models.append(state.server.trainable)
+    first, second = (jax.tree.map(jnp.subtract, *models[t : t + 2][::-1]) for t in range(2))
+    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        assert (np.abs(a) > 0).all() and np.abs(a - b).max() > 0.1
+
+
+def test_the_promise_is_of_the_cohort():
+    pytest.importorskip("dp_accounting")
+    config = Config(rounds=3, clients=50, cohort=5, dp_clip=0.1, dp_noise=8.0)
+    assert defences.guarantee(config) == privacy.guarantee(rounds=3, clients=50, cohort=5, noise=8.0)
